@@ -1,0 +1,91 @@
+"""I-JEPA: from one context block, predict the representations of target blocks of the same image.
+
+Assran et al., 2023, https://arxiv.org/abs/2301.08243
+B images, N patches, C contexts of K visible patches, M target blocks of T patches, D channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openjepa.errors import UserError
+from openjepa.masking import Masks
+from openjepa.models.layers import Ragged, take
+from openjepa.models.predictor import Predictor, PredictorConfig
+from openjepa.models.vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How far a prediction is from its target."""
+
+    kind: Literal["released", "l2"] = "released"  # smooth-L1 on layer-normed targets, or the paper's formula
+
+    def __call__(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """predictions, targets: [B, M, T, D]. Returns a scalar."""
+        predictions = predictions.float()
+        if self.kind == "released":
+            return F.smooth_l1_loss(predictions, targets)
+        return (predictions - targets).square().sum((2, 3)).mean()  # section 3, "Loss"
+
+
+class IJEPA(nn.Module):
+    """The context encoder, the predictor, and the target encoder that follows the context encoder."""
+
+    def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
+        super().__init__()
+        self.loss = loss
+        self.encoder = ViT(model)
+        self.predictor = Predictor(predictor, model)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> IJEPA:
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+    def forward(self, images: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """images: [B, channels, H, W], normalised. Returns `loss` (scalar) and `features` [B, N, D].
+
+        `features` are the target encoder's, of every patch, without gradient: for the monitors.
+        """
+        features = self.target_encoder_features(images)  # B N D
+        targets = self.targets(features, masks)  # B M T D
+        losses = [self.loss(self.predict(images, masks, c), targets) for c in range(masks.context.shape[1])]
+        return {"loss": torch.stack(losses).mean(), "features": features}
+
+    @torch.no_grad()
+    def target_encoder_features(self, images: Tensor) -> Tensor:
+        """Targets: the target encoder sees the whole image. Returns [B, N, D]."""
+        return self.target_encoder(images)
+
+    @torch.no_grad()
+    def targets(self, features: Tensor, masks: Masks) -> Tensor:
+        """Only its output is masked (table 11). Returns [B, M, T, D]."""
+        if self.loss.kind == "released":
+            features = F.layer_norm(features.float(), features.shape[-1:])
+        return take(features.float(), masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])
+
+    def predict(self, images: Tensor, masks: Masks, c: int) -> Tensor:
+        """Context and prediction: encode the visible patches alone, then predict each block. [B, M, T, D]."""
+        visible = masks.context[:, c]
+        ragged = None
+        if masks.lengths is not None:
+            if masks.context.shape[1] > 1:
+                raise UserError("masking.context 'packed' takes one context block: use 'even' with several")
+            ragged = Ragged(torch.arange(visible.shape[1], device=visible.device) < masks.lengths, masks.total)
+        context = self.encoder(images, visible, ragged)
+        return self.predictor(context, visible, masks.targets, ragged)
+
+    @torch.no_grad()
+    def after_step(self, momentum: float) -> None:
+        """The target encoder follows by exponential moving average, in one fused operation."""
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()), list(self.encoder.parameters()), weight=1.0 - momentum
+        )

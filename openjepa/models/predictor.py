@@ -1,0 +1,83 @@
+"""The narrow transformer that predicts target features from context features.
+
+I-JEPA, section 3 "Prediction" and appendix A. B images, C contexts, K context patches, M blocks of T patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from openjepa.errors import UserError
+from openjepa.models.layers import Block, Ragged, initialise, sincos_positions
+from openjepa.models.vit import ViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """The predictor. It has as many heads as the encoder unless told otherwise."""
+
+    width: int = 384
+    depth: int = 6
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.width % 4:
+            raise UserError(f"predictor.width is {self.width}: positions need a multiple of 4")
+        if self.depth < 1:
+            raise UserError(f"predictor.depth is {self.depth}: it must be at least 1")
+        if self.heads is not None and (self.heads < 1 or self.width % self.heads):
+            raise UserError(f"predictor.width {self.width} must be divisible by predictor.heads ({self.heads})")
+
+
+class Predictor(nn.Module):
+    """Context tokens and one block's mask tokens in, that block's features out; one pass for each block."""
+
+    def __init__(self, config: PredictorConfig, encoder: ViTConfig) -> None:
+        super().__init__()
+        heads = config.heads or encoder.n_heads
+        if config.width % heads:
+            raise UserError(
+                f"predictor.width {config.width} is not divisible by the encoder's {heads} heads: set predictor.heads"
+            )
+        self.embed = nn.Linear(encoder.dim, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.register_buffer("positions", sincos_positions(encoder.grid, config.width), persistent=False)
+        self.blocks = nn.ModuleList(Block(config.width, heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.proj = nn.Linear(config.width, encoder.dim)
+        initialise(self, self.blocks, encoder.depth_scaled_init)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, context: Tensor, visible: Tensor, targets: Tensor, ragged: Ragged | None = None) -> Tensor:
+        """Predict the features of every block from one context.
+
+        context: [B, K, D], or [total, D] with `ragged`; visible: int64 [B, K]; targets: int64 [B, M, T].
+        Returns [B, M, T, D].
+        """
+        b, m, t = targets.shape
+        k = visible.shape[1]
+        positions = self.get_buffer("positions")
+        seen = self.embed(context)  # projected once, then shared by the M passes
+        seen = ragged.pad(seen) if ragged is not None else seen
+        seen = seen + positions[visible]  # [B, K, P]
+        seen = seen[:, None].expand(-1, m, -1, -1)
+        asked = (self.mask_token + positions[targets]).to(seen.dtype)  # [B, M, T, P]
+        x = torch.cat([seen, asked], dim=2).flatten(0, 1)  # [B*M, K+T, P]
+        if ragged is not None:
+            ragged = with_targets(ragged, m, t)
+            x = ragged.pack(x)
+        for block in self.blocks:
+            x = block(x, ragged)
+        x = ragged.pad(x) if ragged is not None else x
+        x = self.norm(x[:, k:])
+        return cast(Tensor, self.proj(x)).unflatten(0, (b, m))
+
+
+def with_targets(ragged: Ragged, m: int, t: int) -> Ragged:
+    """The layout of m sequences for each context, each with t mask tokens at its end."""
+    mask = torch.cat([ragged.mask, ragged.mask.new_ones(len(ragged.mask), t)], dim=1)
+    return Ragged(mask.repeat_interleave(m, dim=0), m * (ragged.total + len(ragged.mask) * t))
