@@ -1,0 +1,122 @@
+"""The commands: parse, call, say what comes next."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from openjepa import __version__
+from openjepa.errors import UserError, nearest
+
+SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT] or scenes[:N]"
+
+
+def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.pretrain import pretrain, saved_data, saved_recipe
+    from openjepa.recipes.recipe import override
+
+    out = Path(args.out)
+    known = out / "recipe.yaml"
+    if args.recipe or args.config:
+        recipe = named(args.recipe) if args.recipe else read(Path(args.config))
+    elif known.exists():
+        recipe = saved_recipe(out)
+    else:
+        raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
+    data = args.data or (saved_data(out)["data"] if known.exists() else None)
+    if data is None:
+        raise UserError(f"which images? give --data SPEC: {SPEC}")
+    pretrain(override(recipe, pairs(rest)), data, out, Console())
+    print(f"next: openjepa evaluate {out} --train SPEC --test SPEC")
+
+
+def recipes(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.recipes.ijepa import RECIPES
+    from openjepa.recipes.recipe import to_yaml
+
+    refuse(rest)
+    if args.name:
+        print(to_yaml(named(args.name)), end="")
+        return
+    for name, make in RECIPES.items():
+        print(f"{name:24} {(make.__doc__ or '').strip().splitlines()[0]}")
+
+
+COMMANDS = {"pretrain": pretrain, "recipes": recipes}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="openjepa", description="Self-supervised image representations with I-JEPA.")
+    top.add_argument("--version", action="version", version=f"openjepa {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    p = commands.add_parser("pretrain", help="pretrain an encoder on a pile of images; the same RUN goes on")
+    p.add_argument("--recipe", metavar="NAME")
+    p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
+    p.add_argument("--data", metavar="SPEC", help=SPEC)
+    p.add_argument("--out", metavar="RUN", required=True)
+
+    p = commands.add_parser("recipes", help="list the recipes, or print one")
+    p.add_argument("name", nargs="?")
+    return top
+
+
+def named(name: str) -> Any:
+    from openjepa.recipes.ijepa import RECIPES
+
+    if name not in RECIPES:
+        raise UserError(f"unknown recipe '{name}'{nearest(name, RECIPES)} (openjepa recipes lists them)")
+    return RECIPES[name]()
+
+
+def read(file: Path) -> Any:
+    import yaml
+
+    from openjepa.recipes.recipe import Recipe, from_dict
+
+    try:
+        return from_dict(Recipe, yaml.safe_load(file.read_text()))
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def pairs(rest: list[str]) -> dict[str, str]:
+    """--optim.lr 1e-3 --masking.targets=4 to {"optim.lr": "1e-3", …}."""
+    values: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument '{word}'")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"--{name} needs a value")
+        values[name] = value
+    return values
+
+
+def refuse(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"unexpected argument '{rest[0]}'")
+
+
+def main() -> None:
+    args, rest = parser().parse_known_args()
+    from openjepa.errors import UserError
+
+    try:
+        COMMANDS[args.command](args, rest)
+    except UserError as error:
+        print(f"openjepa: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Encoded bytes to a uint8 crop: open the header, choose the crop, decode no more than it needs.
+
+One path for JPEG, PNG, WebP, BMP and TIFF, through Pillow. Transparency is laid on white, 16-bit images keep their
+high byte, EXIF orientation is obeyed, CMYK and palettes become RGB.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright image
+Raw = bytes | Image.Image | np.ndarray
+
+MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
+ORIENTATION = 0x0112
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class BadImage(Exception):
+    """An image that cannot be decoded; the message says why."""
+
+
+def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int = 3,
+           resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:  # fmt: skip
+    """Crop and resize one image with antialiasing.
+
+    raw: encoded bytes, a Pillow image, or uint8 [H, W, C]. choose: from (width, height) of the upright image to
+    the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
+    Raises BadImage.
+    """
+    try:
+        image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        turned = image.getexif().get(ORIENTATION, 1)
+        width, height = image.size if turned < 5 else image.size[::-1]
+        box = choose(width, height)
+        if image.format == "JPEG" and turned == 1:  # let the DCT shrink it, to twice what is needed at least
+            shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
+            image.draft(None, (int(2 * width / shrink), int(2 * height / shrink)))
+        if image.size[0] * image.size[1] > MAX_PIXELS:
+            raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS // 10**6} million")
+        image = ImageOps.exif_transpose(image) if turned != 1 else image
+        image = to_mode(image, MODES[channels])
+        scale = image.size[0] / width, image.size[1] / height
+        box = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
+        pixels = np.asarray(image.resize((size[1], size[0]), resample, box=box))
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        raise BadImage(str(error) or type(error).__name__) from error
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Any Pillow mode to 8-bit L, RGB or RGBA."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("floating-point pixels have no fixed range: convert it to 8 or 16 bits")
+    if mode != "RGBA" and (image.has_transparency_data or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)

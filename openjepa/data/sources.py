@@ -1,0 +1,399 @@
+"""Where images come from: a folder, Parquet, tar shards, the hub, torchvision, or the embedded scenes.
+
+A source is a numbered list of images. What `read` returns is still encoded; order, crops and batches are made
+elsewhere and look the same whatever the source, so the same images give the same run.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openjepa.data.decode import Raw
+from openjepa.errors import UserError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IN_MEMORY = 2**30  # Parquet bytes read whole; more is laid out on disk and memory-mapped
+
+
+class Source:
+    """A numbered list of images with their labels, if any.
+
+    labels: for each task, int64 [len]. classes: for each task, the class names.
+    """
+
+    labels: dict[str, np.ndarray]
+    classes: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Raw:
+        """The index-th image, encoded (bytes) or not (Pillow image, uint8 array)."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call the image in a log."""
+        raise NotImplementedError
+
+    def fingerprint(self, probes: int = 64) -> str:
+        """A short hash of the length, the labels and some evenly spaced images."""
+        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
+        for task in sorted(self.labels):
+            digest.update(task.encode() + self.labels[task].astype("<i8").tobytes())
+        for index in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
+            raw = self.read(int(index))
+            digest.update(raw if isinstance(raw, bytes) else np.asarray(raw).tobytes())
+        return digest.hexdigest()
+
+
+def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
+    """Open what a SPEC names. image_size (height, width): the size that `scenes` renders at.
+
+    Raises UserError in one line when there is nothing usable there.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "scenes":
+        from openjepa.data.scenes import Scenes
+
+        return Scenes.from_spec(rest, image_size)
+    if kind == "hf":
+        return from_hub(rest)
+    if kind == "torchvision":
+        return TorchvisionSource(rest)
+    if ".tar" in spec:
+        return Shards(spec)
+    if spec.endswith(".parquet"):
+        return ParquetSource.from_files(expand_local(spec))
+    path = Path(spec).expanduser()
+    if not path.exists():
+        hint = " (a SPEC is a folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME, torchvision:NAME or scenes)"
+        raise UserError(f"data '{spec}': no such file or folder{hint}")
+    if path.is_file():
+        raise UserError(f"data '{spec}' is a file of a kind that is not read: give a folder, *.parquet or *.tar")
+    if not (images := list(walk(path))):
+        parquet = sorted(str(p) for p in path.glob("**/*.parquet"))
+        if parquet:
+            return ParquetSource.from_files(parquet)
+        raise UserError(f"data '{spec}': no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
+    return Folder(path, images)
+
+
+# ---------------------------------------------------------------- a folder
+
+
+class Folder(Source):
+    """Image files, flat or nested; the first level of sub-folders are the classes."""
+
+    def __init__(self, root: Path, files: list[str]) -> None:
+        self.root, self.files = str(root), files
+        tops = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
+        self.labels, self.classes = {}, {}
+        if all(top is not None for top in tops) and len(set(tops)) > 1:
+            names = sorted({str(top) for top in tops})
+            number = {name: i for i, name in enumerate(names)}
+            self.labels["label"] = np.array([number[str(top)] for top in tops], dtype=np.int64)
+            self.classes["label"] = names
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> bytes:
+        with open(os.path.join(self.root, self.files[index]), "rb") as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Image files below root, relative to it, sorted; hidden files and looping links left out."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in sorted(files):
+            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+                yield os.path.relpath(os.path.join(folder, file), root)
+
+
+# ---------------------------------------------------------------- Parquet, Arrow, the hub
+
+
+class ParquetSource(Source):
+    """Rows of the Hugging Face image layout: an image column {bytes, path}, and integer label columns if any."""
+
+    def __init__(self, table: Any, spec: str, files: list[str] | None = None) -> None:
+        self.spec, self.files = spec, files
+        self._table = table
+        self.image = image_column(table.schema, spec)
+        self.labels, self.classes = label_columns(table)
+        self.length = len(table)
+        self._chunks: Any = None
+
+    @classmethod
+    def from_files(cls, files: list[str]) -> ParquetSource:
+        return cls(read_tables(files), files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more", files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers started afresh open the files again instead of receiving their bytes."""
+        drop = {"_chunks": None} | ({"_table": None} if self.files else {})
+        return self.__dict__ | drop
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> bytes:
+        if self._table is None:
+            assert self.files is not None
+            self._table = read_tables(self.files)
+        if self._chunks is None:
+            column = self._table.column(self.image)
+            self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+            self._chunks = [chunk.field("bytes") for chunk in column.chunks]
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        value = self._chunks[chunk][index - int(self._starts[chunk])].as_py()
+        return value if value is not None else b""
+
+    def name(self, index: int) -> str:
+        return f"{self.spec} row {index}"
+
+
+def read_tables(files: list[str]) -> Any:
+    """All Parquet files as one Arrow table: in memory if small, else through a memory-mapped copy in the cache."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if sum(os.path.getsize(file) for file in files) <= IN_MEMORY:
+            return pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
+        tables = []
+        for file in files:
+            stat = os.stat(file)
+            key = hashlib.blake2b(f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8)
+            copy = cache_folder() / f"parquet-{key.hexdigest()}.arrow"
+            if not copy.exists():
+                part = copy.with_suffix(f".{os.getpid()}.part")
+                source = pq.ParquetFile(file)
+                with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, source.schema_arrow) as writer:
+                    for batch in source.iter_batches(1000):
+                        writer.write_batch(batch)
+                part.rename(copy)
+            tables.append(pa.ipc.open_file(pa.memory_map(str(copy))).read_all())
+        return pa.concat_tables(tables)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"data '{files[0]}': {str(error).splitlines()[0]}") from error
+
+
+def image_column(schema: Any, spec: str) -> str:
+    """The first struct column with a `bytes` field."""
+    import pyarrow as pa
+
+    for field in schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return str(field.name)
+    raise UserError(
+        f"data '{spec}': no column {{bytes, path}} of images among {', '.join(schema.names)}: save it in the Hugging Face "
+        "image layout"
+    )
+
+
+def label_columns(table: Any) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Every integer column is a task; class names come from the Hugging Face metadata, or are the numbers."""
+    import pyarrow as pa
+
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features", {})
+    labels, classes = {}, {}
+    for field in table.schema:
+        if pa.types.is_integer(field.type) and table.column(field.name).null_count == 0:
+            values = table.column(field.name).to_numpy().astype(np.int64)
+            names = features.get(field.name, {}).get("names")
+            if names is None and (len(values) == 0 or values.min() < 0 or values.max() >= len(values)):
+                continue  # an identifier, not a class
+            labels[field.name] = values
+            classes[field.name] = [str(n) for n in names or range(int(values.max()) + 1)]
+    return labels, classes
+
+
+def from_hub(rest: str) -> ParquetSource:
+    """hf:NAME[:SPLIT] through the hub's own loader."""
+    name, _, split = rest.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data 'hf:{rest}' needs the extra: pip install 'openjepa[hf]'") from error
+    try:
+        dataset = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # its loader raises many kinds; all mean that this spec cannot be had
+        raise UserError(f"data 'hf:{rest}': {str(error).splitlines()[0] or type(error).__name__}") from error
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return ParquetSource(dataset.with_format("arrow")[:], f"hf:{rest}")
+
+
+# ---------------------------------------------------------------- tar shards
+
+
+class Shards(Source):
+    """WebDataset tar shards, local or at any fsspec URL: files that share a stem are one sample.
+
+    `.cls` (a number) or `.json` with a `label` gives the label. Shards are indexed once, then read at random.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.urls = [url for braces in expand_braces(spec) for url in expand_local(braces)]
+        self.entries: list[tuple[int, int, int, str]] = []  # shard, offset, size, name
+        found: list[int | None] = []
+        for number, url in enumerate(self.urls):
+            for key, image, label in index_tar(url):
+                self.entries.append((number, *image, key))
+                found.append(label)
+        if not self.entries:
+            raise UserError(f"data '{spec}': no images in these shards (looked for {', '.join(sorted(EXTENSIONS))})")
+        self.labels, self.classes = {}, {}
+        if all(label is not None for label in found):
+            self.labels["label"] = np.array(found, dtype=np.int64)
+            self.classes["label"] = [str(i) for i in range(int(self.labels["label"].max()) + 1)]
+        self._open: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, index: int) -> bytes:
+        shard, offset, size, _ = self.entries[index]
+        if "://" not in self.urls[shard]:
+            key = (os.getpid() << 20) + shard  # a forked worker must not share a file position
+            if key not in self._open:
+                self._open[key] = os.open(self.urls[shard], os.O_RDONLY)
+            return os.pread(self._open[key], size, offset)
+        import fsspec
+
+        with fsspec.open(self.urls[shard], "rb", cache_type="none") as file:
+            file.seek(offset)
+            return bytes(file.read(size))
+
+    def name(self, index: int) -> str:
+        shard, *_, key = self.entries[index]
+        return f"{self.urls[shard]}/{key}"
+
+
+def index_tar(url: str) -> list[tuple[str, tuple[int, int], int | None]]:
+    """The samples of one shard: (key, (offset, size) of the image, label or None)."""
+    import fsspec
+
+    images: dict[str, tuple[int, int, str]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                folder, base = os.path.split(member.name)
+                stem, _, ending = base.partition(".")  # the WebDataset rule: up to the first dot
+                key = os.path.join(folder, stem)
+                if not member.isfile() or base.startswith("."):
+                    continue
+                if f".{ending.lower()}" in EXTENSIONS:
+                    images[key] = (member.offset_data, member.size, member.name)
+                elif ending in ("cls", "json"):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    value = json.loads(content.read())
+                    value = value.get("label") if isinstance(value, dict) else value
+                    if isinstance(value, int):
+                        labels[key] = value
+    except (OSError, tarfile.TarError, ValueError, ImportError) as error:
+        raise UserError(f"data '{url}': {str(error) or type(error).__name__}") from error
+    return [(name, (offset, size), labels.get(key)) for key, (offset, size, name) in images.items()]
+
+
+def expand_braces(spec: str) -> list[str]:
+    """shard-{0000..0003}.tar and a-{x,y}.tar to all they name."""
+    match = re.search(r"\{([^{}]*)\}", spec)
+    if not match:
+        return [spec]
+    inner = match.group(1)
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        first, last = bounds.groups()
+        options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    else:
+        options = inner.split(",")
+    head, tail = spec[: match.start()], spec[match.end() :]
+    return list(itertools.chain.from_iterable(expand_braces(head + option + tail) for option in options))
+
+
+def expand_local(spec: str) -> list[str]:
+    """A local path or glob to existing files, sorted; URLs pass through."""
+    if "://" in spec:
+        return [spec]
+    files = sorted(glob.glob(os.path.expanduser(spec)))
+    if not files:
+        raise UserError(f"data '{spec}': no such file")
+    return files
+
+
+# ---------------------------------------------------------------- torchvision
+
+
+class TorchvisionSource(Source):
+    """torchvision:NAME[:SPLIT], downloaded to the cache."""
+
+    def __init__(self, rest: str) -> None:
+        import torchvision.datasets as library
+
+        name, _, split = rest.partition(":")
+        if not hasattr(library, name):
+            from openjepa.errors import nearest
+
+            raise UserError(f"data 'torchvision:{rest}': no such data set{nearest(name, library.__all__)}")
+        which = {"train": split != "test"} if name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST") else {
+            "split": split or "train"
+        }  # fmt: skip
+        try:
+            self.data = getattr(library, name)(root=str(cache_folder() / "torchvision"), download=True, **which)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"data 'torchvision:{rest}': {str(error).splitlines()[0] or type(error).__name__}"
+            ) from error
+        self.spec = rest
+        targets = next((getattr(self.data, n) for n in ("targets", "_labels", "labels") if hasattr(self.data, n)), None)
+        self.labels, self.classes = {}, {}
+        if targets is not None:
+            self.labels["label"] = np.array(targets, dtype=np.int64)
+            count = int(self.labels["label"].max()) + 1
+            self.classes["label"] = [str(c) for c in getattr(self.data, "classes", range(count))]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> Raw:
+        image: Raw = self.data[index][0]
+        return image
+
+    def name(self, index: int) -> str:
+        return f"torchvision:{self.spec} image {index}"
+
+
+def cache_folder() -> Path:
+    """Where derived files may lie: $OPENJEPA_CACHE, or ~/.cache/openjepa."""
+    folder = Path(os.environ.get("OPENJEPA_CACHE", "~/.cache/openjepa")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,165 @@
+"""From a source to batches: the order of the images, each rank's share, the position after a restart.
+
+Step s of a run is item s of a list; whoever makes it, a worker or the main process, on this start or another, makes
+the same. Slot g of the run is the g-th image it trains on; its crop and masks depend on (seed, g) alone.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from openjepa.data.augment import NUMBERS, AugmentConfig, augment
+from openjepa.data.decode import BadImage
+from openjepa.data.sources import Source
+from openjepa.errors import UserError
+from openjepa.masking import Grid, MaskingConfig, Masks, sample
+from openjepa.rng import Draws, permutation
+
+BAD_IN_A_ROW = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How images become batches."""
+
+    batch_size: int = 2048  # images in a step, over all ranks and accumulated parts
+    max_bad: float = 0.1  # share of unreadable images at which the run stops
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, images in [0, 1]
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"data.batch_size is {self.batch_size}: it must be at least 1")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"data.max_bad is {self.max_bad}: a share is between 0 and 1")
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise UserError("data.mean and data.std need one number a channel, std above 0")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An image that could not be read."""
+
+    index: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: uint8 [B, channels, H, W]; masks: theirs; bad: what was replaced on the way."""
+
+    images: Tensor
+    masks: Masks
+    bad: list[Bad] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device, True))
+
+    def pin_memory(self) -> Batch:
+        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
+
+    def parts(self, count: int) -> list[Batch]:
+        """Equal parts, for gradient accumulation (on the host)."""
+        size = len(self.images) // count
+        cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        return [Batch(self.images[cut], self.masks.rows(cut), self.bad if i == 0 else []) for i, cut in enumerate(cuts)]
+
+
+class Steps(Dataset[Batch | UserError]):
+    """Item s is the batch of step s (this rank's share), or the UserError that making it met."""
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        augment: AugmentConfig,
+        masking: MaskingConfig,
+        image_size: tuple[int, int],
+        grid: Grid,
+        channels: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.source, self.data, self.augment, self.masking = source, data, augment, masking
+        self.image_size, self.grid, self.channels, self.seed = image_size, grid, channels, seed
+        self.per_epoch = steps_per_epoch(len(source), data.batch_size)
+        local = data.batch_size // world_size
+        self.share = slice(rank * local, (rank + 1) * local)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The images of an epoch in their order, a permutation keyed by (seed, epoch). int64 [len(source)]."""
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, "order", epoch, len(self.source))
+        return self._order
+
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self.batch(step)
+        except UserError as error:  # a worker would wrap it in its traceback
+            return error
+
+    def batch(self, step: int) -> Batch:
+        epoch, position = divmod(step, self.per_epoch)
+        order = self.order(epoch)
+        slots = step * self.data.batch_size + np.arange(self.data.batch_size)
+        masks = sample(self.masking, self.grid, self.seed, step, slots).rows(self.share)
+        slots = slots[self.share]
+        numbers = Draws(self.seed, "augment", slots).uniform(NUMBERS)
+        first = position * self.data.batch_size + self.share.start
+        bad: list[Bad] = []
+        images = [self.image(order, first + i, numbers[i], bad) for i in range(len(slots))]
+        return Batch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), masks, bad)
+
+    def image(self, order: np.ndarray, place: int, numbers: np.ndarray, bad: list[Bad]) -> np.ndarray:
+        """The image at a place of the order, or the next good one after it. uint8 [H, W, channels]."""
+        for k in range(min(BAD_IN_A_ROW, len(order))):
+            index = int(order[(place + k) % len(order)])
+            try:
+                return augment(self.source.read(index), self.augment, self.image_size, self.channels, numbers)
+            except (BadImage, OSError) as error:
+                bad.append(Bad(index, self.source.name(index), str(error)))
+        raise UserError(f"{len(bad)} images in a row cannot be read, the last {bad[-1].name}: {bad[-1].reason}")
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Whole batches in an epoch. Raises UserError when there is not one."""
+    if images < batch_size:
+        raise UserError(f"data.batch_size {batch_size} is larger than the data set of {images} images: lower it")
+    return images // batch_size
+
+
+def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """The batches of steps start to end - 1, in order. Raises the UserError that making one met."""
+    loader = DataLoader(
+        steps,
+        sampler=range(start, end),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        collate_fn=_same,
+        pin_memory=pin,
+        worker_init_fn=_ignore_interrupts,
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process alone decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,182 @@
+"""What is watched while training: the loss says nothing about collapse, so the features are looked at themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from openjepa.data.stream import Batch, DataConfig
+from openjepa.engine.optim import Schedule
+from openjepa.engine.run import Run, memory_gib
+from openjepa.errors import UserError
+from openjepa.masking import Masks
+
+TOKENS = 2048  # patch features that the rank is estimated from
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorsConfig:
+    """How often the run looks at itself. Changes no result."""
+
+    log_every: int = 50  # steps
+    knn_every: float = 1  # epochs, when there are labels; 0 never
+    knn_images: int = 5000  # labelled images that it uses, a fifth of them as queries
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1 or self.knn_every < 0 or self.knn_images < 10:
+            raise UserError("monitors: log_every must be at least 1, knn_every at least 0, knn_images at least 10")
+
+
+@torch.no_grad()
+def feature_statistics(features: Tensor) -> dict[str, float]:
+    """How alive the target features are. features: [B, N, D], before layer norm.
+
+    feature_std: standard deviation over the images, at the same patch and dimension, of layer-normed features: 0 when
+        all images look the same.
+    feature_rank: RankMe (Garrido et al., 2023), the exponential of the entropy of the singular values, of patch
+        features less the mean of their place.
+    feature_cosine: mean cosine between the pooled features of different images.
+    """
+    features = torch.nn.functional.layer_norm(features.float(), features.shape[-1:])
+    pooled = torch.nn.functional.normalize(features.mean(1), dim=-1)  # B D
+    b = len(pooled)
+    cosine = (pooled.sum(0).square().sum() - b) / max(1, b * (b - 1))
+    centred = (features - features.mean(0)).flatten(0, 1)[:TOKENS]
+    return {
+        "feature_std": features.std(0, correction=0).mean().item(),
+        "feature_rank": effective_rank(centred).item(),
+        "feature_cosine": cosine.item(),
+    }
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """RankMe of a matrix [n, D]: exp of the entropy of its normalised singular values; between 1 and min(n, D)."""
+    values = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    p = values / values.sum().clamp(min=1e-12) + 1e-12
+    return torch.exp(-(p * p.log()).sum())
+
+
+@torch.no_grad()
+def weight_distance(fast: nn.Module, slow: nn.Module) -> float:
+    """Relative distance between context and target encoder: |fast - slow| / |slow|."""
+    a, b = list(fast.parameters()), list(slow.parameters())
+    difference = torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
+    return float(difference / torch.stack(torch._foreach_norm(b)).norm())
+
+
+def token_counts(masks: Masks) -> dict[str, float]:
+    """Mean context tokens of an image, and target tokens over its blocks."""
+    b, c, k = masks.context.shape
+    context = k if masks.lengths is None else masks.total / (b * c)
+    return {"context_tokens": float(context), "target_tokens": float(masks.targets.shape[1] * masks.targets.shape[2])}
+
+
+def collapse_warning(statistics: dict[str, float], width: int) -> str | None:
+    """A plain sentence when the target features say less and less about the image."""
+    if statistics["feature_std"] > 0.1 and statistics["feature_rank"] > 0.05 * width:
+        return None
+    return (
+        f"the target features are collapsing (std over images {statistics['feature_std']:.3f}, effective rank "
+        f"{statistics['feature_rank']:.0f} of {width}): raise the first value of schedule.ema towards 0.999, lower optim.lr, "
+        "or lengthen schedule.warmup_epochs; a falling loss does not contradict this"
+    )
+
+
+class Watch:
+    """Times the steps and, every so many, measures, writes and warns. It never touches what is trained."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: MonitorsConfig,
+        schedule: Schedule,
+        method: nn.Module,
+        data: DataConfig,
+        images: int,
+        device: torch.device,
+        knn: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        self.run, self.config, self.schedule, self.method = run, config, schedule, method
+        self.data, self.images, self.device, self.knn = data, images, device, knn
+        self.knn_every = max(1, round(config.knn_every * schedule.steps_per_epoch)) if config.knn_every else 0
+        self._began = self._since = time.perf_counter()
+        self._waited, self._steps, self._warned = 0.0, 0, False
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, counting the time it took to come."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def after_step(self, step: int, batch: Batch, loss: Tensor, norm: Tensor, features: Tensor) -> None:
+        """step: how many are done; features: the target encoder's [B, N, D]."""
+        self._steps += 1
+        self.run.note_bad(batch.bad, self.data.max_bad, self.images)
+        last = step == self.schedule.steps
+        if step % self.config.log_every == 0 or last:
+            self.refuse_nonfinite(step, loss, norm)
+            self.write(step, batch, loss, norm, features)
+        if self.knn and self.knn_every and (step % self.knn_every == 0 or last):
+            start = time.perf_counter()
+            scores = self.knn()
+            self.run.log(step, scores, f"step {step:>{len(str(self.schedule.steps))}}  " + describe(scores))
+            self._since += time.perf_counter() - start
+
+    def write(self, step: int, batch: Batch, loss: Tensor, norm: Tensor, features: Tensor) -> None:
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._since)
+        statistics = feature_statistics(features)
+        values = {
+            "loss": loss.item(),
+            **statistics,
+            "encoder_distance": weight_distance(
+                cast(nn.Module, self.method.encoder), cast(nn.Module, self.method.target_encoder)
+            ),
+            **token_counts(batch.masks),
+            "lr": self.schedule.lr(step - 1),
+            "weight_decay": self.schedule.weight_decay(step - 1),
+            "ema_momentum": self.schedule.momentum(step - 1),
+            "gradient_norm": norm.item(),
+            "images_per_s": self._steps * self.data.batch_size / seconds,
+            "data_wait_share": min(1.0, self._waited / seconds),
+            "memory_gib": memory_gib(self.device),
+            "epoch": step / self.schedule.steps_per_epoch,
+            "elapsed_s": now - self._began,
+        }
+        left = (self.schedule.steps - step) * seconds / self._steps
+        line = (
+            f"step {step:>{len(str(self.schedule.steps))}}/{self.schedule.steps}  loss {values['loss']:.4f}  "
+            f"std {statistics['feature_std']:.2f}  rank {statistics['feature_rank']:.0f}  "
+            f"{values['images_per_s']:.0f} images/s  {clock(left)} left"
+        )
+        self.run.log(step, values, line)
+        warning = collapse_warning(statistics, features.shape[-1])
+        if warning and not self._warned and step > self.schedule.warmup:
+            self.run.warn(warning)
+        self._warned = self._warned or bool(warning and step > self.schedule.warmup)
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def refuse_nonfinite(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Raises UserError: nothing that is not finite is ever trained on or saved for long."""
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise UserError(
+                f"the loss or its gradient is not finite at step {step} (loss {loss.item():g}): the last checkpoint is intact; "
+                "lower optim.lr, set optim.clip_norm 1, or precision fp32"
+            )
+
+
+def describe(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def clock(seconds: float) -> str:
+    """1:05:09 or 5:09."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"

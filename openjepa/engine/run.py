@@ -1,0 +1,191 @@
+"""The folder of a run: recipe, log, progress, checkpoints, and what a signal means.
+
+RUN/recipe.yaml          the resolved recipe
+RUN/data.json            what it trains on, with a fingerprint
+RUN/metrics.jsonl        one line each time something is logged
+RUN/bad_images.txt       images that could not be read
+RUN/tensorboard/         the same numbers as curves
+RUN/checkpoints/         see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from openjepa.data.stream import Bad
+from openjepa.engine import checkpoint
+from openjepa.engine.checkpoint import Checkpoint
+from openjepa.errors import UserError
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """Where it runs. Changes no result on the same hardware."""
+
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
+    workers: int = 0  # processes that load images
+    compile: bool = False  # torch.compile the method
+    checkpoint_every: float = 1  # epochs
+    keep: int = 2  # newest checkpoints that stay
+    wandb: str | None = None  # Weights & Biases project to log to
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"machine.workers is {self.workers}: it must not be negative")
+        if self.checkpoint_every <= 0 or self.keep < 1:
+            raise UserError("machine.checkpoint_every must be above 0 and machine.keep at least 1")
+
+
+class Interrupted(Exception):
+    """The run stopped between two steps because it was asked to; its checkpoint is written."""
+
+
+class Run:
+    """Use as a context manager: signals then mean "finish the step, write a checkpoint, stop"."""
+
+    def __init__(self, path: Path, total_steps: int, keep: int, console: Console) -> None:
+        self.path, self.total, self.keep, self.console = path, total_steps, keep, console
+        found = checkpoint.checkpoints(path)
+        self.resumed: Checkpoint | None = found[-1] if found else None
+        self.step = self.resumed.step if self.resumed else 0
+        self.bad: dict[str, str] = self.resumed.state().get("bad_images", {}) if self.resumed else {}
+        self.stopping = False
+        self._metrics = None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._handlers: dict[int, Any] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Run:
+        self._trim_metrics()
+        self._metrics = open(self.path / "metrics.jsonl", "a")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._metrics:
+            self._metrics.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            os._exit(128 + number)
+        self.stopping = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def _trim_metrics(self) -> None:
+        """Forget what was logged after the checkpoint that we go on from."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= self.step]
+            part = file.with_suffix(".part")
+            part.write_text("".join(line + "\n" for line in kept))
+            part.rename(file)
+
+    def open_boards(self, wandb_project: str | None) -> None:
+        """TensorBoard, and Weights & Biases when asked for."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.step or None)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("machine.wandb needs the extra: pip install 'openjepa[wandb]'") from error
+            self._wandb = wandb.init(project=wandb_project, dir=str(self.path), name=self.path.name, resume="allow")
+
+    def log(self, step: int, values: dict[str, float], line: str | None = None) -> None:
+        """Write numbers to every log; `line` is what a person sees."""
+        assert self._metrics is not None
+        record = {"step": step, **{k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+        if line:
+            self.console.print(line, highlight=False)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+
+    def note_bad(self, bad: list[Bad], limit: float, images: int) -> None:
+        """Count and name unreadable images; stop when they are too many.
+
+        Raises UserError when more than the share `limit` of all `images` is bad.
+        """
+        new = {b.name: b.reason for b in bad if b.name not in self.bad}
+        if not new:
+            return
+        self.bad |= new
+        with open(self.path / "bad_images.txt", "a") as file:
+            file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
+        for name, reason in new.items():
+            self.warn(f"unreadable image {name} ({reason}); the next one takes its place")
+        if len(self.bad) > limit * images:
+            name, reason = next(iter(self.bad.items()))
+            raise UserError(
+                f"{len(self.bad)} of {images} images are unreadable, more than data.max_bad = {limit:g} allows; the first is "
+                f"{name} ({reason}), all are in {self.path / 'bad_images.txt'}"
+            )
+
+    def save(self, step: int, method: nn.Module, optimizer: Optimizer) -> None:
+        state = {"bad_images": self.bad, "environment": environment()}
+        checkpoint.save(self.path, step, method, optimizer, state, self.keep)
+        self.step = step
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return float("inf")
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers depend on besides the recipe."""
+    from openjepa import __version__
+
+    return {
+        "openjepa": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,75 @@
+"""Frozen features of whole images: what every protocol starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from openjepa.data.augment import centre_crop
+from openjepa.data.decode import BadImage, decode
+from openjepa.data.sources import Source
+from openjepa.errors import UserError
+from openjepa.models.vit import ViT
+
+
+class Images(Dataset[Tensor]):
+    """Some images of a source, cropped centrally to the model's size, in order. Items: uint8 [channels, H, W]."""
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int] | np.ndarray,
+        size: tuple[int, int],
+        channels: int,
+        skip_bad: bool = False,  # unreadable ones become black instead of an error: for rough online measures
+    ) -> None:
+        self.source, self.indices, self.size, self.channels, self.skip_bad = source, indices, size, channels, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Tensor:
+        index = int(self.indices[i])
+        try:
+            raw = self.source.read(index)
+            pixels = decode(raw, lambda w, h: centre_crop(w, h, self.size), self.size, self.channels)
+        except (BadImage, OSError) as error:
+            if self.skip_bad:
+                return torch.zeros(self.channels, *self.size, dtype=torch.uint8)
+            raise UserError(f"unreadable image {self.source.name(index)} ({error}): remove it to evaluate") from error
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def extract(
+    encoder: ViT,
+    images: Images,
+    normalise: Callable[[Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[None]],
+    layers: int = 4,
+    batch_size: int = 256,
+) -> Tensor:
+    """Pooled patch features of the last `layers` blocks, each after the final norm (appendix A).
+
+    Returns float32 [n, layers, D] on the CPU; the last layer is [:, -1].
+    """
+    device = encoder.patch_embed.proj.weight.device
+    encoder.eval()
+    parts = []
+    for batch in DataLoader(images, batch_size=batch_size):
+        with autocast():
+            outputs = encoder.intermediate(normalise(batch.to(device)), layers)
+        parts.append(torch.stack([o.float().mean(1) for o in outputs], dim=1).cpu())
+    return torch.cat(parts)
+
+
+def raw_pixels(images: Images, side: int = 16) -> Tensor:
+    """The control that any representation should beat: the image itself, at most `side` pixels a side. [n, 1, D]."""
+    size = (min(side, images.size[0]), min(side, images.size[1]))
+    small = Images(images.source, images.indices, size, images.channels)
+    return torch.stack([image.float().flatten() / 255 for image in small])[:, None]  # type: ignore[attr-defined]

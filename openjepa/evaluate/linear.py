@@ -1,0 +1,111 @@
+"""Linear probe: logistic regression on frozen features, many heads in one pass (appendix A, linear evaluation).
+
+Heads differ in feature set (last layer, last four concatenated), learning rate and weight decay. They are chosen on a
+validation part of the training set; the chosen one is then fitted on all of it and sees the test set once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openjepa.rng import permutation
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+DECAYS = (0.0, 5e-4)
+EPOCHS = 30
+BATCH = 512
+VALIDATION = 0.1  # share of the training set that chooses the head
+
+
+@dataclass(frozen=True)
+class Head:
+    """One setting of the sweep."""
+
+    features: str  # last or concat4
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """accuracy: of the chosen head on the test set; sweep: every head's on the validation part."""
+
+    accuracy: float
+    chosen: Head
+    sweep: list[tuple[Head, float]]
+
+
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int,
+                 seed: int = 0) -> LinearResult:  # fmt: skip
+    """train [n, layers, D], test [m, layers, D]: pooled features, the last layer last. Labels int64."""
+    order = torch.from_numpy(permutation(seed, "probe validation", 0, len(train)))
+    held = max(1, round(VALIDATION * len(train)))
+    validation, fitting = order[:held], order[held:]
+    sweep: list[tuple[Head, float]] = []
+    for name, (x, _) in feature_sets(train, test).items():
+        heads = [Head(name, lr, wd) for lr, wd in itertools.product(RATES, DECAYS)]
+        mean, std = moments(x[fitting])
+        weights, bias = fit((x[fitting] - mean) / std, train_labels[fitting], classes, heads, seed)
+        scores = accuracies((x[validation] - mean) / std, train_labels[validation], weights, bias)
+        sweep += list(zip(heads, scores, strict=True))
+    chosen = max(sweep, key=lambda entry: entry[1])[0]
+    x, y = feature_sets(train, test)[chosen.features]
+    mean, std = moments(x)
+    weights, bias = fit((x - mean) / std, train_labels, classes, [chosen], seed)
+    return LinearResult(accuracies((y - mean) / std, test_labels, weights, bias)[0], chosen, sweep)
+
+
+def feature_sets(train: Tensor, test: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The paper's two: average-pooled last layer, and the last four concatenated."""
+    sets = {"last": (train[:, -1], test[:, -1])}
+    if train.shape[1] > 1:
+        sets["concat4"] = (train.flatten(1), test.flatten(1))
+    return sets
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each dimension: the probe's batch norm, without its noise."""
+    return x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+
+
+@torch.enable_grad()
+def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -> tuple[Tensor, Tensor]:
+    """Train all heads at once by SGD with Nesterov momentum and a cosine to zero.
+
+    x: [n, D], standardised. Returns weights [heads, D, classes] and biases [heads, 1, classes].
+    """
+    n, d = x.shape
+    weights = torch.zeros(len(heads), d, classes)
+    bias = torch.zeros(len(heads), 1, classes)
+    lr = torch.tensor([h.lr for h in heads])[:, None, None]
+    decay = torch.tensor([h.weight_decay for h in heads])[:, None, None]
+    velocity = [torch.zeros_like(weights), torch.zeros_like(bias)]
+    one_hot = F.one_hot(labels, classes).float()
+    batch = min(BATCH, n)
+    steps, step = EPOCHS * (n // batch), 0
+    for epoch in range(EPOCHS):
+        order = torch.from_numpy(permutation(seed, "probe order", epoch, n))
+        for index in order[: n // batch * batch].split(batch):
+            xb = x[index]
+            error = ((xb @ weights + bias).softmax(-1) - one_hot[index]) / batch  # [heads, B, classes]
+            gradients = (xb.T @ error + decay * weights, error.sum(1, keepdim=True))
+            rate = lr * 0.5 * (1 + np.cos(np.pi * step / steps))
+            for parameter, gradient, v in zip((weights, bias), gradients, velocity, strict=True):
+                v.mul_(0.9).add_(gradient)
+                parameter.sub_(rate * (gradient + 0.9 * v))
+            step += 1
+    return weights, bias
+
+
+def accuracies(x: Tensor, labels: Tensor, weights: Tensor, bias: Tensor) -> list[float]:
+    """Top-1 of every head."""
+    correct = torch.zeros(len(weights))
+    for xb, yb in zip(x.split(4096), labels.split(4096), strict=True):
+        correct += ((xb @ weights + bias).argmax(-1) == yb).sum(1)
+    return [float(c) / len(labels) for c in correct]

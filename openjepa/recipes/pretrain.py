@@ -1,0 +1,180 @@
+"""A recipe, images and a folder become a trained encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from openjepa.data.sources import Source, open_source
+from openjepa.data.stream import Batch, Steps, batches, steps_per_epoch
+from openjepa.engine import checkpoint, parallel
+from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.monitors import Watch
+from openjepa.engine.optim import Schedule, build_optimizer
+from openjepa.engine.run import Run
+from openjepa.engine.train import train
+from openjepa.errors import UserError
+from openjepa.evaluate.features import Images, extract
+from openjepa.evaluate.knn import knn_predict
+from openjepa.methods.ijepa import IJEPA
+from openjepa.models.encoder import Encoder, Normalise
+from openjepa.models.vit import ViT
+from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
+from openjepa.rng import key, permutation
+
+
+def pretrain(recipe: Recipe, data: str, out: Path, console: Console) -> IJEPA:
+    """Pretrain, or go on with what `out` holds.
+
+    Raises UserError for another recipe or other data in `out`, and Interrupted after Ctrl-C.
+    """
+    device = pick_device(recipe.machine.device)
+    source = open_source(data, recipe.model.image_size)
+    schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
+    method = build(recipe).to(device)
+    optimizer = build_optimizer(method, recipe.optim)
+    prepare(out, recipe, data, source)
+    run = Run(out, schedule.steps, recipe.machine.keep, console)
+    if run.resumed:
+        checkpoint.restore(run.resumed, method, optimizer)
+        console.print(f"going on from step {run.step} of {schedule.steps} in {out}", highlight=False)
+    if run.step >= schedule.steps:
+        return method
+    steps = Steps(
+        source,
+        recipe.data,
+        recipe.augment,
+        recipe.masking,
+        recipe.model.image_size,
+        recipe.model.grid,
+        recipe.model.channels,
+        recipe.seed,
+        parallel.rank(),
+        parallel.world_size(),
+    )
+    normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
+    autocast = pick_autocast(recipe.precision, device)
+    call = torch.compile(method) if recipe.machine.compile else method
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = call(normalise(batch.images), batch.masks)
+        return out
+
+    with run:
+        run.open_boards(recipe.machine.wandb)
+        knn = online_knn(source, recipe, method.target_encoder, normalise, autocast)
+        watch = Watch(run, recipe.monitors, schedule, method, recipe.data, len(source), device, knn)
+        train(
+            method,
+            batches(steps, run.step, schedule.steps, recipe.machine.workers, pin=device.type == "cuda"),
+            optimizer,
+            schedule,
+            run,
+            watch,
+            forward=forward,
+            autocast=autocast,
+            save_every=max(1, round(recipe.machine.checkpoint_every * schedule.steps_per_epoch)),
+            seed=recipe.seed,
+        )
+    return method
+
+
+def build(recipe: Recipe) -> IJEPA:
+    """The method with its initial weights, a function of the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(recipe.seed, "weights") % 2**63)
+        return IJEPA(recipe.model, recipe.predictor, recipe.loss)
+
+
+def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
+    """Make the run's folder, or see that it was made by the same recipe from the same images. Raises UserError."""
+    about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
+    if (out / "recipe.yaml").exists():
+        if changed := differences(saved_recipe(out), recipe):
+            raise UserError(f"{out} was made with another recipe ({'; '.join(changed)}): choose another --out")
+        saved = saved_data(out)
+        if {**saved, "data": ""} != {**about, "data": ""}:
+            raise UserError(
+                f"{out} was made from other images ({saved['data']}, {saved['images']} images): now {data} has {len(source)} "
+                "images and other contents; choose another --out"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+        (out / "recipe.yaml").write_text(to_yaml(recipe))
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def saved_recipe(run: Path) -> Recipe:
+    """The recipe of a run. Raises UserError if there is none."""
+    try:
+        return from_dict(Recipe, yaml.safe_load((run / "recipe.yaml").read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"{run} is not a run: it has no recipe.yaml") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{run / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def saved_data(run: Path) -> dict[str, Any]:
+    """What a run was trained on."""
+    loaded: dict[str, Any] = json.loads((run / "data.json").read_text())
+    return loaded
+
+
+def load(run: str | Path, network: str = "target_encoder") -> Encoder:
+    """The encoder of a run's newest checkpoint, on the CPU, ready for inference.
+
+    network: target_encoder (what every evaluation uses) or encoder (the context encoder). Raises UserError.
+    """
+    run = Path(run)
+    recipe = saved_recipe(run)
+    if network not in ("target_encoder", "encoder"):
+        raise UserError(f"network '{network}': one of target_encoder, encoder")
+    found = checkpoint.checkpoints(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoint yet: run openjepa pretrain --out {run}")
+    weights = {k.removeprefix(f"{network}."): v for k, v in found[-1].weights().items() if k.startswith(f"{network}.")}
+    vit = ViT(recipe.model)
+    checkpoint.load_strict(vit, weights, str(found[-1].path))
+    return Encoder(vit.eval().requires_grad_(False), Normalise(recipe.data.mean, recipe.data.std), network).eval()
+
+
+def random_encoder(recipe: Recipe) -> Encoder:
+    """The control: the same network with the weights it started from."""
+    vit = build(recipe).target_encoder
+    return Encoder(vit.eval(), Normalise(recipe.data.mean, recipe.data.std), "random weights").eval()
+
+
+def online_knn(
+    source: Source, recipe: Recipe, encoder: ViT, normalise: Normalise, autocast: Callable[..., Any]
+) -> Callable[[], dict[str, float]] | None:
+    """Accuracy of 20 nearest neighbours on held-apart training images, for each task; None without labels."""
+    if not source.labels or not recipe.monitors.knn_every:
+        return None
+    chosen = permutation(recipe.seed, "online knn", 0, len(source))[: recipe.monitors.knn_images]
+    cut = max(1, len(chosen) // 5)
+    images = Images(source, chosen, recipe.model.image_size, recipe.model.channels, skip_bad=True)
+
+    def knn() -> dict[str, float]:
+        features = extract(encoder, images, normalise, autocast, layers=1)[:, -1]
+        scores = {}
+        for task, all_labels in source.labels.items():
+            labels = torch.from_numpy(all_labels[chosen].astype(np.int64))
+            classes = len(source.classes[task])
+            predicted = knn_predict(features[cut:], labels[cut:], features[:cut], classes, ks=(20,))
+            name = "knn_accuracy" if task == "label" else f"knn_accuracy_{task}"
+            scores[name] = float((next(iter(predicted.values())) == labels[:cut]).float().mean())
+        return scores
+
+    return knn

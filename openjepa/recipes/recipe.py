@@ -1,0 +1,182 @@
+"""A recipe: all the values that make a run, in YAML and out, refused at the door when they cannot be."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from openjepa import masking
+from openjepa.data.augment import AugmentConfig
+from openjepa.data.decode import MODES
+from openjepa.data.stream import DataConfig
+from openjepa.engine.monitors import MonitorsConfig
+from openjepa.engine.optim import OptimConfig, ScheduleConfig
+from openjepa.engine.run import MachineConfig
+from openjepa.errors import UserError, nearest
+from openjepa.masking import MaskingConfig
+from openjepa.methods.ijepa import LossConfig
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+T = TypeVar("T")
+
+CHANGES_NO_RESULT = ("monitors", "machine")  # may differ when a run goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One part for each place that reads it."""
+
+    method: Literal["ijepa"] = "ijepa"
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it fast
+    model: ViTConfig = field(default_factory=ViTConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it must not be negative")
+        if self.data.batch_size % self.optim.accumulate:
+            raise UserError(
+                f"data.batch_size {self.data.batch_size} must be divisible by optim.accumulate ({self.optim.accumulate})"
+            )
+        if self.model.channels not in MODES:
+            raise UserError(f"model.channels is {self.model.channels}: images are read with 1, 3 or 4")
+        if len(self.data.mean) != self.model.channels:
+            raise UserError(
+                f"data.mean has {len(self.data.mean)} numbers and model.channels is {self.model.channels}: give one a channel"
+            )
+        if self.masking.context == "packed" and (self.model.class_token or self.model.registers):
+            raise UserError("masking.context 'packed' does not go with model.class_token or registers: use 'even'")
+        if self.masking.context == "packed" and self.masking.contexts > 1:
+            raise UserError("masking.context 'packed' takes one context block: set masking.contexts 1 or use 'even'")
+        masking.check(self.masking, self.model.grid)
+
+
+# ---------------------------------------------------------------- in and out
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses to plain dictionaries and lists, as YAML has them."""
+    if is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+    return [to_dict(v) for v in value] if isinstance(value, tuple) else value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None) -> T:
+    """Plain dictionaries to a dataclass, over the values of `base`.
+
+    Raises UserError with the field's path for an unknown key (naming the nearest) or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path or 'the recipe'} is {values!r}: expected keys and values")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            raise UserError(f"unknown key '{where}'{suggest(str(name), where, known, path)}")
+        hint = hints[name]
+        if is_dataclass(hint):
+            result[name] = from_dict(typing.cast(type, hint), value, where, getattr(base, name, None))
+        else:
+            result[name] = convert(hint, value, where)
+    if base is not None:
+        result = {name: getattr(base, name) for name in known} | result
+        if isinstance(base, ViTConfig) and "size" in values:  # a size brings its own width, depth, heads
+            result |= {n: values.get(n) for n in ("width", "depth", "heads", "mlp_ratio")}
+    return kind(**result)
+
+
+def suggest(name: str, where: str, known: list[str], path: str) -> str:
+    """The nearest key: in the same part, or of that name in another."""
+    if close := nearest(name, known):
+        return close if not path else close.replace("'", f"'{path}.", 1)
+    return nearest(where, all_keys())
+
+
+def all_keys(kind: type = Recipe, path: str = "") -> list[str]:
+    """Every key of a recipe, dotted."""
+    hints = typing.get_type_hints(kind)
+    keys: list[str] = []
+    for f in fields(kind):
+        nested = is_dataclass(hints[f.name])
+        keys += all_keys(hints[f.name], f"{path}{f.name}.") if nested else [path + f.name]
+    return keys
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """A YAML value as the annotated type. Raises UserError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        choices = ", ".join(repr(a) for a in args)
+        raise UserError(f"{where} is {value!r}: one of {choices}{nearest(str(value), [str(a) for a in args])}")
+    if origin is tuple:
+        size = None if args[-1] is Ellipsis else len(args)
+        if isinstance(value, int | float) and where == "model.image_size":
+            value = [value, value]
+        if not isinstance(value, list | tuple) or (size is not None and len(value) != size):
+            raise UserError(f"{where} is {value!r}: expected {'a list' if size is None else f'{size} numbers'}")
+        kinds = args[:1] * len(value) if size is None else args
+        return tuple(convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where} is {value!r}: expected {'true or false' if hint is bool else hint.__name__}")
+
+
+def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
+    """A recipe with some dotted keys changed: {"optim.lr": "1e-3"}."""
+    tree: dict[str, Any] = {}
+    for path, text in values.items():
+        *parents, name = path.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        try:
+            node[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{path} {text}: not a value") from error
+    return from_dict(Recipe, tree, base=recipe)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The fields that would change the result of a run, as `optim.lr: 0.001 -> 0.0005`."""
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
+
+    a, b = flat(to_dict(old)), flat(to_dict(new))
+    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(CHANGES_NO_RESULT)]
