@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torchvision.transforms.v2 import functional as T
-
 from openjepa.data.decode import Box, Raw, decode
 from openjepa.errors import UserError
 
@@ -49,7 +46,10 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
     u = numbers[2 * TRIES + 2 :]
     if u[0] < config.flip:
         pixels = pixels[:, ::-1]
-    if config.jitter and u[1] < 0.8 or u[2] < config.blur:
+    if (config.jitter and u[1] < 0.8) or u[2] < config.blur:
+        import torch  # seconds of import that I-JEPA itself never needs
+        from torchvision.transforms.v2 import functional as T
+
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         if config.jitter and u[1] < 0.8:
             factors = 1 + config.jitter * 0.8 * (2 * u[3:6] - 1)

@@ -42,7 +42,7 @@ class Images(Dataset[Tensor]):
             if self.skip_bad:
                 return torch.zeros(self.channels, *self.size, dtype=torch.uint8)
             raise UserError(f"unreadable image {self.source.name(index)} ({error}): remove it to evaluate") from error
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def extract(
     return torch.cat(parts)
 
 
-def raw_pixels(images: Images, side: int = 16) -> Tensor:
+def raw_pixels(images: Images, side: int = 32) -> Tensor:
     """The control that any representation should beat: the image itself, at most `side` pixels a side. [n, 1, D]."""
     size = (min(side, images.size[0]), min(side, images.size[1]))
     small = Images(images.source, images.indices, size, images.channels)
-    return torch.stack([image.float().flatten() / 255 for image in small])[:, None]  # type: ignore[attr-defined]
+    return torch.stack([small[i].float().flatten() / 255 for i in range(len(small))])[:, None]

@@ -7,9 +7,9 @@ validation part of the training set; the chosen one is then fitted on all of it 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,13 +52,13 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
         heads = [Head(name, lr, wd) for lr, wd in itertools.product(RATES, DECAYS)]
         mean, std = moments(x[fitting])
         weights, bias = fit((x[fitting] - mean) / std, train_labels[fitting], classes, heads, seed)
-        scores = accuracies((x[validation] - mean) / std, train_labels[validation], weights, bias)
+        scores = accuracies((x[validation] - mean) / std, train_labels[validation], weights, bias, classes)
         sweep += list(zip(heads, scores, strict=True))
     chosen = max(sweep, key=lambda entry: entry[1])[0]
     x, y = feature_sets(train, test)[chosen.features]
     mean, std = moments(x)
     weights, bias = fit((x - mean) / std, train_labels, classes, [chosen], seed)
-    return LinearResult(accuracies((y - mean) / std, test_labels, weights, bias)[0], chosen, sweep)
+    return LinearResult(accuracies((y - mean) / std, test_labels, weights, bias, classes)[0], chosen, sweep)
 
 
 def feature_sets(train: Tensor, test: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -74,17 +74,15 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
 
 
-@torch.enable_grad()
 def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -> tuple[Tensor, Tensor]:
-    """Train all heads at once by SGD with Nesterov momentum and a cosine to zero.
+    """Train all heads at once, as one wide matrix, by SGD with Nesterov momentum and a cosine to zero.
 
-    x: [n, D], standardised. Returns weights [heads, D, classes] and biases [heads, 1, classes].
+    x: [n, D], standardised. Returns weights [D, heads * classes] and biases [heads * classes].
     """
     n, d = x.shape
-    weights = torch.zeros(len(heads), d, classes)
-    bias = torch.zeros(len(heads), 1, classes)
-    lr = torch.tensor([h.lr for h in heads])[:, None, None]
-    decay = torch.tensor([h.weight_decay for h in heads])[:, None, None]
+    lr = torch.tensor([h.lr for h in heads]).repeat_interleave(classes)
+    decay = torch.tensor([h.weight_decay for h in heads]).repeat_interleave(classes)
+    weights, bias = torch.zeros(d, len(lr)), torch.zeros(len(lr))
     velocity = [torch.zeros_like(weights), torch.zeros_like(bias)]
     one_hot = F.one_hot(labels, classes).float()
     batch = min(BATCH, n)
@@ -93,9 +91,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -
         order = torch.from_numpy(permutation(seed, "probe order", epoch, n))
         for index in order[: n // batch * batch].split(batch):
             xb = x[index]
-            error = ((xb @ weights + bias).softmax(-1) - one_hot[index]) / batch  # [heads, B, classes]
-            gradients = (xb.T @ error + decay * weights, error.sum(1, keepdim=True))
-            rate = lr * 0.5 * (1 + np.cos(np.pi * step / steps))
+            probabilities = (xb @ weights + bias).unflatten(-1, (len(heads), classes)).softmax(-1)
+            error = (probabilities - one_hot[index, None]).flatten(1) / batch  # [B, heads * classes]
+            gradients = (xb.T @ error + decay * weights, error.sum(0))
+            rate = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             for parameter, gradient, v in zip((weights, bias), gradients, velocity, strict=True):
                 v.mul_(0.9).add_(gradient)
                 parameter.sub_(rate * (gradient + 0.9 * v))
@@ -103,9 +102,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -
     return weights, bias
 
 
-def accuracies(x: Tensor, labels: Tensor, weights: Tensor, bias: Tensor) -> list[float]:
+def accuracies(x: Tensor, labels: Tensor, weights: Tensor, bias: Tensor, classes: int) -> list[float]:
     """Top-1 of every head."""
-    correct = torch.zeros(len(weights))
+    correct = torch.zeros(len(bias) // classes)
     for xb, yb in zip(x.split(4096), labels.split(4096), strict=True):
-        correct += ((xb @ weights + bias).argmax(-1) == yb).sum(1)
+        predictions = (xb @ weights + bias).unflatten(-1, (-1, classes)).argmax(-1)  # [B, heads]
+        correct += (predictions == yb[:, None]).sum(0)
     return [float(c) / len(labels) for c in correct]
