@@ -16,6 +16,7 @@ SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvisi
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
+    from openjepa.engine.run import INTERRUPTED, Interrupted
     from openjepa.recipes.pretrain import pretrain, saved_data, saved_recipe
     from openjepa.recipes.recipe import override
 
@@ -30,8 +31,41 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     data = args.data or (saved_data(out)["data"] if known.exists() else None)
     if data is None:
         raise UserError(f"which images? give --data SPEC: {SPEC}")
-    pretrain(override(recipe, pairs(rest)), data, out, Console())
-    print(f"next: openjepa evaluate {out} --train SPEC --test SPEC")
+    try:
+        pretrain(override(recipe, pairs(rest)), data, out, Console())
+    except Interrupted as stop:
+        print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    from openjepa.recipes.report import report
+
+    print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
+
+
+def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.evaluation import evaluate_run
+
+    refuse(rest)
+    protocols = args.protocols.split(",")
+    evaluate_run(Path(args.run), args.train, args.test, protocols, args.network, Console())
+    print(f"next: openjepa report {args.run}")
+
+
+def report(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.recipes.report import report
+
+    refuse(rest)
+    print(f"pictures: {report(Path(args.run))}")
+
+
+def demo(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.demo import demo
+
+    refuse(rest)
+    demo(Path(args.out), args.seed, Console())
 
 
 def recipes(args: argparse.Namespace, rest: list[str]) -> None:
@@ -46,7 +80,7 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
         print(f"{name:24} {(make.__doc__ or '').strip().splitlines()[0]}")
 
 
-COMMANDS = {"pretrain": pretrain, "recipes": recipes}
+COMMANDS = {"demo": demo, "pretrain": pretrain, "evaluate": evaluate, "report": report, "recipes": recipes}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,11 +88,25 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"openjepa {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    p = commands.add_parser("demo", help="pretrain on embedded scenes, evaluate, draw: minutes, no data needed")
+    p.add_argument("--out", metavar="DIR", default="openjepa-demo")
+    p.add_argument("--seed", type=int, default=0)
+
     p = commands.add_parser("pretrain", help="pretrain an encoder on a pile of images; the same RUN goes on")
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
     p.add_argument("--data", metavar="SPEC", help=SPEC)
     p.add_argument("--out", metavar="RUN", required=True)
+
+    p = commands.add_parser("evaluate", help="score a run beside random weights and raw pixels")
+    p.add_argument("run", metavar="RUN")
+    p.add_argument("--train", metavar="SPEC", required=True, help="labelled images that probes learn from")
+    p.add_argument("--test", metavar="SPEC", required=True, help="labelled images that they are scored on")
+    p.add_argument("--protocols", default="knn,linear", metavar="LIST")
+    p.add_argument("--network", default="target_encoder", choices=("target_encoder", "encoder"))
+
+    p = commands.add_parser("report", help="draw a run into RUN/report.html")
+    p.add_argument("run", metavar="RUN")
 
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
@@ -109,13 +157,14 @@ def refuse(rest: list[str]) -> None:
 
 def main() -> None:
     args, rest = parser().parse_known_args()
-    from openjepa.errors import UserError
-
     try:
         COMMANDS[args.command](args, rest)
     except UserError as error:
         print(f"openjepa: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("openjepa: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from openjepa.data.decode import Box, Raw, decode
 from openjepa.errors import UserError
 

@@ -146,7 +146,7 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
-        collate_fn=_same,
+        collate_fn=_same,  # type: ignore[arg-type]
         pin_memory=pin,
         worker_init_fn=_ignore_interrupts,
     )

@@ -64,7 +64,8 @@ def effective_rank(x: Tensor) -> Tensor:
 @torch.no_grad()
 def weight_distance(fast: nn.Module, slow: nn.Module) -> float:
     """Relative distance between context and target encoder: |fast - slow| / |slow|."""
-    a, b = list(fast.parameters()), list(slow.parameters())
+    a: list[Tensor] = [*fast.parameters()]
+    b: list[Tensor] = [*slow.parameters()]
     difference = torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
     return float(difference / torch.stack(torch._foreach_norm(b)).norm())
 

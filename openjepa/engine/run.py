@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -67,7 +67,7 @@ class Run:
         self.step = self.resumed.step if self.resumed else 0
         self.bad: dict[str, str] = self.resumed.state().get("bad_images", {}) if self.resumed else {}
         self.stopping = False
-        self._metrics = None
+        self._metrics: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
         self._handlers: dict[int, Any] = {}

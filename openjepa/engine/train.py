@@ -73,7 +73,7 @@ def train(
             watch.refuse_nonfinite(done, loss, norm)
             run.save(done, method, optimizer)
         if run.stopping and done < schedule.steps:
-            raise Interrupted
+            raise Interrupted(f"checkpoint of step {done} written to {run.path}")
 
 
 def gradient_norm(parameters: list[nn.Parameter], limit: float | None) -> Tensor:

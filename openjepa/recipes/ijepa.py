@@ -6,7 +6,6 @@ from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import DataConfig
 from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
-from openjepa.masking import MaskingConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 from openjepa.recipes.recipe import Recipe

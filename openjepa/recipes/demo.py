@@ -1,0 +1,28 @@
+"""The whole of openjepa in minutes: pretrain on the embedded scenes, evaluate, draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from openjepa.recipes.evaluation import evaluate_run
+from openjepa.recipes.ijepa import ijepa_scenes
+from openjepa.recipes.pretrain import pretrain
+from openjepa.recipes.recipe import override
+from openjepa.recipes.report import report
+
+TRAIN, TEST = "scenes:8000", "scenes:8000-10000"
+
+
+def demo(out: Path, seed: int, console: Console) -> None:
+    """Pretrain, evaluate the four tasks against both controls, write OUT/report.html."""
+    recipe = override(ijepa_scenes(), {"seed": str(seed)})
+    console.print(f"pretraining on {TRAIN}: rendered scenes of 3 to 10 objects; nothing is downloaded", highlight=False)
+    pretrain(recipe, TRAIN, out, console)
+    evaluate_run(out, TRAIN, TEST, ["knn", "linear"], "target_encoder", console)
+    page = report(out)
+    console.print(
+        f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_cifar10_cpu --data YOUR_IMAGES --out runs/first",
+        highlight=False,
+    )

@@ -1,0 +1,92 @@
+"""Draw a run: the pictures of see/ on the run's own data, into RUN/report.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openjepa.data.sources import Source, open_source
+from openjepa.evaluate.features import Images
+from openjepa.masking import sample
+from openjepa.recipes.pretrain import load, random_encoder, saved_data, saved_recipe
+from openjepa.recipes.recipe import to_yaml
+from openjepa.rng import permutation
+from openjepa.see import figures
+from openjepa.see.report import Section, code, scores_table, write_report
+
+SHOWN = 8  # images in a row
+SEARCHED = 1500  # images that neighbours are looked for in
+
+
+def report(run: Path) -> Path:
+    """Write RUN/report.html from what the run's folder and its data hold. Returns its path."""
+    recipe, data = saved_recipe(run), saved_data(run)
+    encoder, control = load(run), random_encoder(recipe)
+    source = open_source(data["data"], recipe.model.image_size)
+    images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    results = evaluation(run)
+    sections = []
+    if results:
+        text = (
+            "The pretrained target encoder, the same network with random weights, and raw pixels, on held-out images."
+        )
+        sections.append(Section("What it is worth", text, figures.scores_figure(results), scores_table(results)))
+    masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
+    sections += [
+        Section(
+            "What it had to predict",
+            "The context encoder sees the patches of the middle row; from them the predictor must tell the target "
+            "encoder's features of each coloured block.",
+            figures.masks_figure(images[:SHOWN], masks, recipe.model.grid),
+        ),
+        Section(
+            "How training went",
+            "The loss alone says little: features that stop telling images apart also make it fall. "
+            "Spread and rank must stay away from zero.",
+            figures.curves_figure(metrics),
+        ),
+        Section(
+            "What patches look alike",
+            "The three principal directions of the patch features as red, green and blue, the same for all images.",
+            figures.pca_figure([("pretrained", encoder), ("random weights", control)], images[:SHOWN]),
+        ),
+        Section(
+            "What images look alike",
+            f"Nearest neighbours by cosine of pooled features, among {len(images)} images.",
+            figures.neighbours_figure(encoder, images),
+        ),
+        Section(
+            "How to make it again", "", body=code("recipe.yaml", to_yaml(recipe)) + code("data.json", pretty(data))
+        ),
+    ]
+    last = metrics[-1]["step"] if metrics else 0
+    lead = f"{data['images']} images from {data['data']}, {last} steps of {recipe.data.batch_size}, seed {recipe.seed}"
+    path = run / "report.html"
+    write_report(path, f"openjepa: {run.resolve().name}", lead, sections)
+    return path
+
+
+def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:
+    """A fixed random choice of images, uint8 [n, C, H, W]."""
+    chosen = permutation(seed, "report", 0, len(source))[:SEARCHED]
+    images = Images(source, chosen, size, channels, skip_bad=True)
+    return torch.stack([images[i] for i in range(len(images))])
+
+
+def evaluation(run: Path) -> list[dict[str, Any]]:
+    """The records of RUN/evaluation.json, or none."""
+    file = run / "evaluation.json"
+    if not file.exists():
+        return []
+    results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+    return results
+
+
+def pretty(value: Any) -> str:
+    return json.dumps(value, indent=1)

@@ -1,0 +1,157 @@
+"""Pictures of a run: what was hidden, how training went, what the features hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from torch import Tensor
+
+from openjepa.masking import Masks
+from openjepa.models.encoder import Encoder
+
+BLUE, GREY, ORANGE, INK = "#2f6fde", "#b9bfca", "#e0812b", "#22262e"
+TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
+
+
+def masks_figure(images: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
+    """Rows: the image, what the context encoder sees, the target blocks. images uint8 [n, 3, H, W]."""
+    n, _, height, _ = images.shape
+    p = height // grid[0]
+    figure, axes = canvas(3, n, "image", "context", "targets")
+    for i in range(n):
+        pixels = to_pixels(images[i])
+        length = masks.context.shape[-1] if masks.lengths is None else int(masks.lengths[i, 0])
+        seen = patch_map(masks.context[i, 0, :length], grid, p)
+        blocks = pixels * 0.25 + 0.7
+        for j, block in enumerate(masks.targets[i]):
+            inside = patch_map(block, grid, p)
+            blocks[inside] = 0.7 * pixels[inside] + 0.3 * np.array(to_rgb(TARGETS[j % len(TARGETS)]))
+        axes[0][i].imshow(pixels)
+        axes[1][i].imshow(np.where(seen[..., None], pixels, 0.93))
+        axes[2][i].imshow(blocks)
+    return figure
+
+
+def pca_figure(encoders: Sequence[tuple[str, Encoder]], images: Tensor) -> Figure:
+    """First three principal components of the patch features as red, green and blue, aligned over the images."""
+    figure, axes = canvas(1 + len(encoders), len(images), "image", *(name for name, _ in encoders))
+    for i, image in enumerate(images):
+        axes[0][i].imshow(to_pixels(image))
+    for row, (_, encoder) in enumerate(encoders, start=1):
+        features = encoder(images)  # [n, N, D]
+        grid = encoder.vit.config.grid
+        colours = principal_colours(features)
+        for i in range(len(images)):
+            axes[row][i].imshow(colours[i].reshape(*grid, 3), interpolation="nearest")
+    return figure
+
+
+def principal_colours(features: Tensor) -> np.ndarray:
+    """[n, N, D] to colours [n, N, 3] in [0, 1]: centred at each place, so that position itself has no colour."""
+    centred = (features - features.mean(0)).flatten(0, 1)
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    projected = centred @ axes[:3].T
+    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
+    colours = ((projected - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return colours.view(*features.shape[:2], 3).numpy()
+
+
+def neighbours_figure(encoder: Encoder, images: Tensor, queries: int = 6, count: int = 7) -> Figure:
+    """Each row: an image, then those whose pooled features are nearest by cosine. images uint8 [n, 3, H, W]."""
+    features = F.normalize(torch.cat([encoder.features(part) for part in images.split(256)]), dim=-1)
+    nearest = (features[:queries] @ features.T).argsort(dim=1, descending=True)[:, : count + 1]
+    figure, axes = canvas(queries, count + 1)
+    for row in range(queries):
+        for column, index in enumerate(nearest[row].tolist()):
+            axes[row][column].imshow(to_pixels(images[index]))
+        axes[row][0].set_title("query" if row == 0 else "", fontsize=9, color=INK)
+        for side in axes[row][0].spines.values():
+            side.set(visible=True, color=BLUE, linewidth=2)
+    return figure
+
+
+def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
+    """Loss beside what the loss does not tell: spread and rank of the features, k-NN accuracy."""
+    panels = [
+        ("loss", "loss"),
+        ("feature_std", "feature spread over images"),
+        ("feature_rank", "effective rank"),
+        ("knn_accuracy", "k-NN accuracy"),
+    ]
+    panels = [(key, title) for key, title in panels if any(key in m for m in metrics)]
+    figure = Figure(figsize=(3.1 * len(panels), 2.5), layout="constrained")
+    for axis, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        points = [(m["step"], m[key]) for m in metrics if key in m]
+        axis.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.6, marker="o" if len(points) < 15 else None, ms=3)
+        axis.set_title(title, fontsize=10, color=INK)
+        axis.set_xlabel("step", fontsize=8)
+        if key == "loss":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        tidy(axis)
+    return figure
+
+
+def scores_figure(results: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy of the encoder and its controls, a group for each task and protocol."""
+    names = list(dict.fromkeys(r["of"] for r in results))
+    groups = list(dict.fromkeys((r["protocol"], r["task"]) for r in results))
+    value = {(r["protocol"], r["task"], r["of"]): 100 * r["accuracy"] for r in results}
+    figure = Figure(figsize=(max(4.5, 1.25 * len(groups) + 1.5), 3.0), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(names)
+    for j, name in enumerate(names):
+        heights = [value[(*group, name)] for group in groups]
+        places = np.arange(len(groups)) + (j - (len(names) - 1) / 2) * width
+        bars = axis.bar(places, heights, 0.92 * width, label=name, color=(BLUE, ORANGE, GREY)[j % 3])
+        axis.bar_label(bars, fmt="%.0f", fontsize=7, color=INK, padding=1)
+    axis.set_xticks(range(len(groups)), [f"{task}\n{protocol}" for protocol, task in groups], fontsize=8)
+    axis.set_ylabel("accuracy, %", fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1))
+    tidy(axis)
+    return figure
+
+
+# ---------------------------------------------------------------- shared
+
+
+def canvas(rows: int, columns: int, *names: str) -> tuple[Figure, np.ndarray]:
+    """A figure of bare image axes, rows named at the left."""
+    figure = Figure(figsize=(1.25 * columns + 0.2, 1.25 * rows + 0.15))
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    for row, name in enumerate(names):
+        axes[row][0].set_ylabel(name, fontsize=9, color=INK)
+    return figure, axes
+
+
+def tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="y", color="#e8eaee", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """uint8 [C, H, W] to float [H, W, 3] in [0, 1]."""
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return image.permute(1, 2, 0).numpy() / 255.0
+
+
+def patch_map(index: Tensor, grid: tuple[int, int], patch: int) -> np.ndarray:
+    """Patch indices to a pixel mask, bool [H, W]."""
+    mask = np.zeros(grid[0] * grid[1], dtype=bool)
+    mask[index.numpy()] = True
+    return mask.reshape(grid).repeat(patch, 0).repeat(patch, 1)
