@@ -68,7 +68,7 @@ def extract(
     return torch.cat(parts)
 
 
-def raw_pixels(images: Images, side: int = 32) -> Tensor:
+def raw_pixels(images: Images, side: int = 16) -> Tensor:
     """The control that any representation should beat: the image itself, at most `side` pixels a side. [n, 1, D]."""
     size = (min(side, images.size[0]), min(side, images.size[1]))
     small = Images(images.source, images.indices, size, images.channels)

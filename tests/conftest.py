@@ -1,0 +1,60 @@
+"""A tiny model, a few real files, and the golden numbers where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openjepa.recipes.recipe import Recipe, from_dict
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+TINY = {
+    "model": {"size": "Ti", "image_size": [32, 32], "patch_size": 4, "width": 24, "depth": 2, "heads": 2},
+    "predictor": {"width": 16, "depth": 1},
+    "data": {"batch_size": 8},
+    "optim": {"lr": 1e-3, "start_lr": 1e-4},
+    "schedule": {"epochs": 2, "warmup_epochs": 0.5},
+    "monitors": {"log_every": 1, "knn_images": 20},
+}
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    return from_dict(Recipe, TINY)
+
+
+def needs(path: Path) -> Path:
+    """A path below ../shared; without it the test is skipped, or fails where .ci/run says it must be there."""
+    if not path.exists():
+        if os.environ.get("OPENJEPA_REQUIRE_SHARED"):
+            pytest.fail(f"{path} is required here")
+        pytest.skip(f"{path.name} is not at hand (it is no part of the repository)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return needs(SHARED / "golden")
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    return needs(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small PNG images in two classes that differ in colour."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name, tint in (("blue", (0, 0, 120)), ("red", (120, 0, 0))):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = rng.integers(0, 100, (36, 40, 3)) + np.array(tint)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02}.png")
+    return root

@@ -1,0 +1,115 @@
+"""Claims about the command line: quick, one line for each mistake, and it says what comes next."""
+
+import subprocess
+import sys
+
+import pytest
+
+from openjepa import cli
+from openjepa.recipes.recipe import to_yaml
+
+
+def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["openjepa", *words])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; sys.argv = ['openjepa', '--help']\nfrom openjepa.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    out = python(code + "print('torch' in sys.modules)")
+    assert "pretrain" in out
+    assert out.rstrip().endswith("False")
+
+
+def test_the_package_imports_nothing_heavy():
+    assert python("import sys, openjepa; print(any(m in sys.modules for m in ('torch', 'numpy', 'PIL')))") == "False\n"
+
+
+def test_public_names_are_there():
+    import openjepa
+
+    for name in openjepa.__all__:
+        assert getattr(openjepa, name) is not None
+    with pytest.raises(AttributeError):
+        _ = openjepa.nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("pretrain --recipe ijepa_cifar --data x --out {tmp}/r", "did you mean 'ijepa_cifar10_cpu'"),
+        ("pretrain --data x --out {tmp}/r", "which recipe?"),
+        ("pretrain --recipe ijepa_scenes --out {tmp}/r", "which images?"),
+        ("pretrain --recipe ijepa_scenes --data {tmp}/none --out {tmp}/r", "no such file or folder"),
+        ("pretrain --recipe ijepa_scenes --data scenes:9 --out {tmp}/r --optim.lrr 1", "did you mean 'optim.lr'"),
+        ("pretrain --recipe ijepa_scenes --data scenes:9 --out {tmp}/r --optim.lr", "--optim.lr needs a value"),
+        ("pretrain --recipe ijepa_scenes --data scenes:9 --out {tmp}/r --optim.lr 0", "optim.lr is 0"),
+        ("pretrain --recipe ijepa_scenes --data scenes:9 --out {tmp}/r", "larger than the data set of 9"),
+        ("pretrain --recipe ijepa_scenes --data scenes:99 --out {tmp}/file", "not a run"),
+        (
+            "pretrain --recipe ijepa_scenes --data scenes:99 --out {tmp}/r --machine.device cuda:9",
+            "machine.device 'cuda:9'",
+        ),
+        ("pretrain --config {tmp}/no.yaml --data x --out {tmp}/r", "No such file"),
+        ("pretrain --config {tmp}/bad.yaml --data x --out {tmp}/r", "is not YAML"),
+        ("pretrain --config {tmp}/file --data x --out {tmp}/r", "expected keys and values"),
+        ("pretrain --recipe ijepa_scenes --data x --out {tmp}/r stray", "unexpected argument 'stray'"),
+        ("evaluate {tmp}/none --train x --test x", "is not a run"),
+        ("report {tmp}/none", "is not a run"),
+        ("recipes nothing", "unknown recipe"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_two(monkeypatch, capsys, tmp_path, words, says):
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    (tmp_path / "file").write_text("hello")
+    status, _, errors = run(monkeypatch, capsys, *words.format(tmp=tmp_path).split())
+    assert status == 2
+    assert says in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_recipes_are_listed_and_printed(monkeypatch, capsys):
+    _, listed, _ = run(monkeypatch, capsys, "recipes")
+    assert "ijepa_cifar10_cpu" in listed
+    _, printed, _ = run(monkeypatch, capsys, "recipes", "ijepa_cifar10_cpu")
+    assert "patch_size: 4" in printed
+
+
+def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path, tiny, folder):
+    """The whole way of a user with a folder of images."""
+    out = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(tiny))
+    status, text, _ = run(
+        monkeypatch,
+        capsys,
+        "pretrain",
+        "--config",
+        str(tmp_path / "recipe.yaml"),
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+    )
+    assert status == 0
+    assert "next: openjepa evaluate" in text
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page  # self-contained
+    status, text, _ = run(monkeypatch, capsys, "pretrain", "--out", str(out))  # the run knows its recipe and data
+    assert status == 0
+    status, text, _ = run(monkeypatch, capsys, "evaluate", str(out), "--train", str(folder), "--test", str(folder))
+    assert status == 0
+    assert "raw pixels" in text
+    status, text, _ = run(monkeypatch, capsys, "report", str(out))
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 5

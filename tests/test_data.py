@@ -1,0 +1,288 @@
+"""Claims about images: formats, damage, and the same batches from every source."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from openjepa.data import decode as decode_module
+from openjepa.data.augment import NUMBERS, AugmentConfig, augment, centre_crop, random_resized_crop
+from openjepa.data.decode import BadImage, decode
+from openjepa.data.sources import Source, expand_braces, open_source
+from openjepa.data.stream import DataConfig, Steps, batches
+from openjepa.errors import UserError
+from openjepa.masking import MaskingConfig
+from openjepa.rng import Draws
+
+
+def whole(raw, size=(8, 8), channels=3) -> np.ndarray:
+    return decode(raw, lambda w, h: (0, 0, w, h), size, channels)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED = Image.new("RGB", (8, 8), (200, 20, 20))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_formats_give_their_colours(kind):
+    assert np.abs(whole(encoded(RED, kind)).astype(int) - (200, 20, 20)).max() <= 4
+
+
+def test_grey_palette_cmyk_alpha_and_sixteen_bits():
+    assert (whole(encoded(Image.new("L", (8, 8), 77), "PNG")) == 77).all()
+    assert (whole(encoded(RED.quantize(4), "PNG")) == (200, 20, 20)).all()
+    assert np.abs(whole(encoded(RED.convert("CMYK"), "JPEG")).astype(int) - (200, 20, 20)).max() <= 6
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    assert np.abs(whole(encoded(half, "PNG")).astype(int) - 127).max() <= 1  # half black on white
+    deep = Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16))
+    assert (whole(encoded(deep, "PNG")) == 0x80).all()
+    assert (whole(encoded(deep, "TIFF")) == 0x80).all()
+    assert whole(encoded(RED, "PNG"), channels=1).shape == (8, 8, 1)
+
+
+def test_exif_orientation_is_obeyed():
+    image = Image.new("RGB", (16, 8), "black")
+    image.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right to see it upright
+    out = whole(encoded(image, "PNG", exif=exif), size=(16, 8))
+    assert out[:8].min() > 250
+    assert out[8:].max() < 5
+
+
+def test_crops_are_antialiased_as_pillow_does():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    box = (13, 7, 101, 80)
+    expected = np.asarray(image.crop(box).resize((20, 16), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(decode(encoded(image, "PNG"), lambda w, h: box, (16, 20)).astype(int) - expected).max() <= 1
+
+
+def test_large_jpegs_shrink_while_decoding_without_visible_change():
+    x = np.linspace(0, 8 * np.pi, 1200)
+    wave = (127 + 100 * np.sin(x)[None] * np.cos(x)[:, None]).astype(np.uint8)
+    raw = encoded(Image.fromarray(np.stack([wave] * 3, -1)), "JPEG", quality=95)
+    exact = np.asarray(Image.open(io.BytesIO(raw)).resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(whole(raw, (64, 64)).astype(int) - exact).mean() < 1.0
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"just text", encoded(RED, "JPEG")[:200], encoded(RED.resize((99, 99)), "PNG")[:90]]
+)
+def test_damaged_images_are_bad_images(raw):
+    with pytest.raises(BadImage):
+        whole(raw)
+
+
+def test_a_single_pixel_is_an_image():
+    assert (whole(encoded(RED.resize((1, 1)), "PNG")) == (200, 20, 20)).all()
+
+
+def test_huge_images_decode_small_as_jpeg_and_are_refused_otherwise(monkeypatch):
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 500 * 500)
+    big = Image.new("RGB", (2000, 2000), (10, 200, 10))
+    assert whole(encoded(big, "JPEG"), (16, 16)).shape == (16, 16, 3)
+    with pytest.raises(BadImage, match="2000x2000"):
+        whole(encoded(big, "PNG"), (16, 16))
+
+
+def test_crops_stay_inside_and_cover_the_range():
+    config = AugmentConfig()
+    shares = []
+    for numbers in Draws(0, "x", np.arange(2000)).uniform(NUMBERS):
+        left, top, right, bottom = random_resized_crop(300, 200, config, numbers)
+        assert 0 <= left < right <= 300
+        assert 0 <= top < bottom <= 200
+        shares.append((right - left) * (bottom - top) / 60_000)
+    assert 0.29 < min(shares) < 0.32
+    assert max(shares) > 0.95
+
+
+def test_extreme_shapes_still_crop():
+    for size in ((1, 1), (1, 500), (3000, 2)):
+        left, top, right, bottom = random_resized_crop(*size, AugmentConfig(), np.full(NUMBERS, 0.999))
+        assert right - left >= 1
+        assert bottom - top >= 1
+    assert centre_crop(256, 512, (224, 224), 0.875) == (16, 144, 240, 368)
+
+
+def test_flip_jitter_and_blur_are_functions_of_their_numbers():
+    raw = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)), "PNG")
+    numbers = Draws(0, "x", [5]).uniform(NUMBERS)[0]
+    config = AugmentConfig(flip=1.0, jitter=1.0, blur=1.0)
+    a, b = augment(raw, config, (16, 16), 3, numbers), augment(raw, config, (16, 16), 3, numbers)
+    plain = augment(raw, AugmentConfig(), (16, 16), 3, numbers)
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, plain)
+    assert np.array_equal(augment(raw, AugmentConfig(flip=1.0), (16, 16), 3, numbers), plain[:, ::-1])
+
+
+# ---------------------------------------------------------------- sources
+
+
+def make_parquet(path: Path, files: list[Path], labels: list[int], names: list[str]) -> None:
+    image = pa.array([{"bytes": f.read_bytes(), "path": f.name} for f in files])
+    table = pa.table({"image": image, "label": pa.array(labels)})
+    features = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+    pq.write_table(table, path, row_group_size=7)
+
+
+def make_shards(root: Path, files: list[Path], labels: list[int]) -> None:
+    for shard in range(2):
+        with tarfile.open(root / f"s-{shard:02}.tar", "w") as tar:
+            for i in range(shard * 20, shard * 20 + 20):
+                for name, data in ((f"{i:06}.png", files[i].read_bytes()), (f"{i:06}.cls", str(labels[i]).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def three_sources(folder, tmp_path) -> list[Source]:
+    files = sorted(folder.rglob("*.png"))
+    labels = [int(f.parent.name == "red") for f in files]
+    make_parquet(tmp_path / "x.parquet", files, labels, ["blue", "red"])
+    make_shards(tmp_path, files, labels)
+    specs = (str(folder), str(tmp_path / "x.parquet"), str(tmp_path / "s-{00..01}.tar"))
+    return [open_source(spec) for spec in specs]
+
+
+def steps_of(source: Source, **changes) -> Steps:
+    settings = {"data": DataConfig(batch_size=8), "augment": AugmentConfig(), "masking": MaskingConfig()} | changes
+    return Steps(source, image_size=(32, 32), grid=(8, 8), channels=3, seed=0, **settings)
+
+
+def test_every_source_gives_the_same_batches(three_sources):
+    for step in (0, 4, 5, 11):
+        first, *others = [steps_of(source).batch(step) for source in three_sources]
+        for other in others:
+            assert torch.equal(first.images, other.images)
+            assert torch.equal(first.masks.context, other.masks.context)
+
+
+def test_every_source_knows_its_labels(three_sources):
+    assert {tuple(s.labels["label"]) for s in three_sources} == {(0,) * 20 + (1,) * 20}
+    assert three_sources[0].classes["label"] == three_sources[1].classes["label"] == ["blue", "red"]
+
+
+def test_ranks_share_out_the_global_batch(folder):
+    source = open_source(str(folder))
+    whole_batch = steps_of(source).batch(3)
+    parts = [steps_of(source, rank=r, world_size=2).batch(3) for r in range(2)]
+    assert torch.equal(torch.cat([p.images for p in parts]), whole_batch.images)
+    assert torch.equal(torch.cat([p.masks.context for p in parts]), whole_batch.masks.context)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_and_restarts_change_nothing(folder, workers):
+    steps = steps_of(open_source(str(folder)))
+    got = list(batches(steps, 3, 9, workers, pin=False))
+    for step, batch in zip(range(3, 9), got, strict=True):
+        assert torch.equal(batch.images, steps_of(steps.source).batch(step).images)
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(folder):
+    steps = steps_of(open_source(str(folder)))
+    orders = [steps.order(e).copy() for e in (0, 1)]
+    assert all(sorted(o) == list(range(40)) for o in orders)
+    assert not np.array_equal(*orders)
+
+
+def test_bad_images_are_named_and_replaced(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images/red/00.png").write_bytes(b"")
+    (tmp_path / "images/red/01.png").write_text("not an image")
+    (tmp_path / "images/blue/05.png").write_bytes((folder / "blue/05.png").read_bytes()[:100])
+    steps = steps_of(open_source(str(tmp_path / "images")))
+    epoch = [steps.batch(s) for s in range(5)]
+    assert {b.name for batch in epoch for b in batch.bad} == {"red/00.png", "red/01.png", "blue/05.png"}
+    assert all(b.images.shape == (8, 3, 32, 32) for b in epoch)
+
+
+def test_a_folder_of_nothing_but_damage_ends(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_text("no")
+    with pytest.raises(UserError, match="images in a row cannot be read"):
+        steps_of(open_source(str(tmp_path))).batch(0)
+
+
+def test_a_worker_hands_on_the_users_mistake_in_one_line(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").write_text("no")
+    with pytest.raises(UserError) as error:
+        next(batches(steps_of(open_source(str(tmp_path))), 0, 3, 1, pin=False))
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("{tmp}/none", "no such file or folder"),
+        ("{tmp}/empty", "no images in this folder"),
+        ("{tmp}/x.parquet", "no such file"),
+        ("{tmp}/s-{{0..3}}.tar", "no such file"),
+        ("{tmp}/notes.txt", "of a kind that is not read"),
+        ("{tmp}/bad.parquet", "bad.parquet"),
+        ("{tmp}/bad.tar", "bad.tar"),
+        ("{tmp}/table.parquet", "no column"),
+        ("torchvision:CIFAR11", "did you mean 'CIFAR10'"),
+        ("scenes:0", "give a number of scenes"),
+        ("scenes:9-3", "give a number of scenes"),
+        ("scenes:many", "give a number of scenes"),
+    ],
+)
+def test_data_that_is_not_there_is_refused_in_one_line(tmp_path, spec, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "bad.parquet").write_text("hello")
+    (tmp_path / "bad.tar").write_text("hello" * 300)
+    pq.write_table(pa.table({"a": [1.5]}), tmp_path / "table.parquet")
+    with pytest.raises(UserError, match=says) as error:
+        open_source(spec.format(tmp=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_larger_than_the_data_is_refused(folder):
+    with pytest.raises(UserError, match="larger than the data set of 40 images"):
+        steps_of(open_source(str(folder)), data=DataConfig(batch_size=64))
+
+
+def test_braces():
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
+
+
+def test_remote_shards_read_like_local_ones(three_sources, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for shard in ("s-00.tar", "s-01.tar"):
+        memory.pipe(f"/bucket/{shard}", (tmp_path / shard).read_bytes())
+    remote = open_source("memory://bucket/s-{00..01}.tar")
+    assert len(remote) == 40
+    assert remote.read(33) == three_sources[2].read(33)
+
+
+def test_real_parquet_and_shards(real_images):
+    cifar = open_source(str(real_images / "cifar10/test.parquet"))
+    assert len(cifar) == 10_000
+    assert cifar.classes["label"][3] == "cat"
+    photographs = open_source(str(real_images / "imagenet-sample/shard-{0000..0003}.tar"))
+    assert len(photographs) == 1000
+    assert len(set(photographs.labels["label"])) == 1000
+    assert whole(photographs.read(500), (32, 32)).std() > 5

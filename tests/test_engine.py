@@ -1,0 +1,271 @@
+"""Claims about the engine: a killed run goes on to the very same weights; nothing is lost, nothing restarts silently."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from openjepa.engine.checkpoint import checkpoints
+from openjepa.errors import UserError
+from openjepa.recipes.pretrain import build, load, pretrain, saved_recipe
+from openjepa.recipes.recipe import Recipe, override, to_yaml
+
+QUIET = Console(quiet=True)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run)[-1].path / "weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(recipe: Recipe, folder: Path, run: Path, config: Path) -> list[str]:
+    config.write_text(to_yaml(recipe))
+    return [
+        sys.executable,
+        "-m",
+        "openjepa.cli",
+        "pretrain",
+        "--config",
+        str(config),
+        "--data",
+        str(folder),
+        "--out",
+        str(run),
+    ]
+
+
+def logged(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory) -> tuple[Recipe, Path]:
+    """Sixty steps, a checkpoint every four, features of every part in play: drop path, accumulation, clipping."""
+    from tests.conftest import TINY
+
+    recipe = override(
+        _recipe(TINY),
+        {"schedule.epochs": "12", "machine.checkpoint_every": "0.8", "monitors.knn_every": "3", "model.drop_path": "0.1",
+         "optim.accumulate": "2", "optim.clip_norm": "1.0"},
+    )  # fmt: skip
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    pretrain(recipe, str(folder), run, QUIET)
+    return recipe, run
+
+
+def _recipe(values: dict) -> Recipe:
+    from openjepa.recipes.recipe import from_dict
+
+    return from_dict(Recipe, values)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_at_random_three_times_ends_in_the_same_bits(undisturbed, folder, tmp_path, workers):
+    recipe, reference = undisturbed
+    run = tmp_path / "run"
+    args = command(override(recipe, {"machine.workers": str(workers)}), folder, run, tmp_path / "recipe.yaml")
+    moments = random.Random(workers)
+    for after in sorted(moments.sample(range(3, 55), 3)):
+        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        wait_for_step(run, after, process)
+        time.sleep(moments.random() * 0.05)  # in a step, between two, or in the middle of a checkpoint
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(run), weights(reference))
+    clocks = ("images_per_s", "data_wait_share", "memory_gib", "elapsed_s")
+    strip = [[{k: v for k, v in m.items() if k not in clocks} for m in logged(r)] for r in (run, reference)]
+    assert strip[0] == strip[1]  # and the log has every step once
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, folder, tmp_path):
+    recipe, reference = undisturbed
+    run = tmp_path / "run"
+    args = command(override(recipe, {"machine.workers": "1"}), folder, run, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_step(run, 9, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command goes on" in errors
+    stopped = checkpoints(run)[-1].step
+    assert 9 <= stopped < 60
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert f"going on from step {stopped}" in done.stdout
+    assert same(weights(run), weights(reference))
+
+
+def test_a_disk_that_fills_leaves_the_checkpoint_before(tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = override(tiny, {"machine.checkpoint_every": "0.4"})
+    args = command(recipe, folder, run, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not checkpoints(run) and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.002)
+    # from now on no file can grow past 20 kB, as on a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "cannot write the checkpoint" in errors
+    assert "is intact" in errors
+    assert "Traceback" not in errors
+    assert not list((run / "checkpoints").glob("*.part"))
+    load(run)
+    assert subprocess.run(args, capture_output=True, timeout=300).returncode == 0
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed, folder):
+    recipe, run = undisturbed
+    before = weights(run)
+    pretrain(recipe, str(folder), run, QUIET)
+    assert same(weights(run), before)
+
+
+def test_another_recipe_or_other_images_are_refused_by_name(undisturbed, folder, tmp_path):
+    recipe, run = undisturbed
+    with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.002"):
+        pretrain(override(recipe, {"optim.lr": "2e-3"}), str(folder), run, QUIET)
+    with pytest.raises(UserError, match="other images"):
+        pretrain(recipe, "scenes:40", run, QUIET)
+    assert saved_recipe(run) == recipe
+
+
+def test_the_same_images_may_move(undisturbed, folder, tmp_path):
+    import shutil
+
+    recipe, run = undisturbed
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    pretrain(recipe, str(moved), run, QUIET)
+    pretrain(recipe, str(folder), run, QUIET)
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(tiny, folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a run"):
+        pretrain(tiny, str(folder), tmp_path, QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_nothing_restarts(undisturbed, folder, tmp_path, file):
+    import shutil
+
+    recipe, reference = undisturbed
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    newest = checkpoints(run)[-1].path
+    shutil.rmtree(newest)  # so that there is something left to do
+    newest = checkpoints(run)[-1].path
+    (newest / file).write_bytes((newest / file).read_bytes()[:20])
+    with pytest.raises(UserError, match=f"{newest.name} is damaged") as error:
+        pretrain(recipe, str(folder), run, QUIET)
+    assert "\n" not in str(error.value)
+
+
+def test_too_many_bad_images_stop_the_run(tiny, folder, tmp_path):
+    import shutil
+
+    images = tmp_path / "images"
+    shutil.copytree(folder, images)
+    for i in range(6):
+        (images / f"red/{i:02}.png").write_text("no")
+    with pytest.raises(UserError, match=r"of 40 images are unreadable, more than data.max_bad = 0.1"):
+        pretrain(tiny, str(images), tmp_path / "run", QUIET)
+    run = tmp_path / "run2"
+    pretrain(override(tiny, {"data.max_bad": "0.5"}), str(images), run, QUIET)
+    assert len((run / "bad_images.txt").read_text().splitlines()) == 6
+
+
+def test_a_loss_that_explodes_stops_the_run_in_one_line(tiny, folder, tmp_path):
+    recipe = override(tiny, {"optim.lr": "1e30", "optim.start_lr": "1e30", "precision": "fp32"})
+    with pytest.raises(UserError, match="not finite at step"):
+        pretrain(recipe, str(folder), tmp_path / "run", QUIET)
+
+
+def test_training_learns_something(tiny, folder, tmp_path):
+    """The loss of the last epoch is below the first's, with the targets almost still."""
+    recipe = override(tiny, {"schedule.epochs": "15", "schedule.ema": "[0.9999, 1.0]"})
+    pretrain(recipe, str(folder), tmp_path / "run", QUIET)
+    losses = [m["loss"] for m in logged(tmp_path / "run") if "loss" in m]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_accumulated_steps_equal_whole_ones(tiny, folder, tmp_path):
+    for parts in ("1", "4"):
+        recipe = override(tiny, {"optim.accumulate": parts, "precision": "fp32"})
+        pretrain(recipe, str(folder), tmp_path / parts, QUIET)
+    a, b = (weights(tmp_path / parts) for parts in ("1", "4"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_the_seed_decides_everything(tiny, folder, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        pretrain(override(tiny, {"seed": seed}), str(folder), tmp_path / name, QUIET)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_load_gives_the_target_encoder_and_says_so(undisturbed):
+    _, run = undisturbed
+    encoder = load(run)
+    assert encoder.network == "target_encoder"
+    saved = weights(run)
+    assert torch.equal(encoder.vit.norm.weight, saved["target_encoder.norm.weight"])
+    context = load(run, "encoder")
+    assert torch.equal(context.vit.norm.weight, saved["encoder.norm.weight"])
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert encoder(images).shape == (2, 64, 24)
+    assert encoder.features(images, layers=2).shape == (2, 48)
+    assert torch.allclose(encoder(images), encoder(images.float() / 255), atol=1e-5)
+
+
+def test_metrics_hold_what_the_monitors_promise(undisturbed):
+    _, run = undisturbed
+    lines = logged(run)
+    assert [m["step"] for m in lines if "loss" in m] == list(range(1, 61))
+    promised = {"loss", "feature_std", "feature_rank", "feature_cosine", "encoder_distance", "context_tokens",
+                "target_tokens", "lr", "weight_decay", "ema_momentum", "gradient_norm", "images_per_s", "data_wait_share",
+                "memory_gib", "epoch"}  # fmt: skip
+    assert promised <= lines[0].keys()
+    assert any("knn_accuracy" in m for m in lines)
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_saved_recipe_is_the_resolved_one(undisturbed):
+    recipe, run = undisturbed
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["depth"] == 2
+    assert build(saved_recipe(run)).encoder.config == recipe.model
+
+
+def test_packed_contexts_train(tiny, folder, tmp_path):
+    pretrain(override(tiny, {"masking.context": "packed"}), str(folder), tmp_path / "run", QUIET)
+    assert logged(tmp_path / "run")[-1]["step"] == 10

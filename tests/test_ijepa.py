@@ -1,0 +1,94 @@
+"""Claims about the method: the paper's order, the released numbers."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openjepa.masking import MaskingConfig, Masks, sample
+from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+
+def make(**loss) -> IJEPA:
+    torch.manual_seed(0)
+    config = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
+    return IJEPA(config, PredictorConfig(width=16, depth=1), LossConfig(**loss))
+
+
+def masks_of(**settings) -> Masks:
+    import numpy as np
+
+    return sample(MaskingConfig(**settings), (8, 8), 0, 0, np.arange(4))
+
+
+def test_only_context_encoder_and_predictor_learn():
+    method = make()
+    method(torch.randn(4, 3, 32, 32), masks_of())["loss"].backward()
+    assert all(p.grad is None for p in method.target_encoder.parameters())
+    assert all(p.grad is not None for p in (*method.encoder.parameters(), *method.predictor.parameters()))
+
+
+def test_the_target_encoder_sees_the_whole_image_and_is_layer_normed():
+    method, images, masks = make(), torch.randn(4, 3, 32, 32), masks_of()
+    features = method.target_encoder(images)
+    targets = method.targets(features, masks)
+    index = masks.targets[2, 1, 3]
+    expected = torch.nn.functional.layer_norm(features[2, index], (24,))
+    assert torch.allclose(targets[2, 1, 3], expected, atol=1e-6)
+
+
+def test_losses_against_numbers():
+    predictions = torch.tensor([[[[0.5, 3.0]], [[0.0, 0.0]]]])  # B 1, M 2, T 1, D 2
+    targets = torch.zeros(1, 2, 1, 2)
+    # smooth-L1: (0.5 * 0.25 + (3 - 0.5) + 0 + 0) / 4
+    assert LossConfig(kind="released")(predictions, targets).item() == pytest.approx(2.625 / 4)
+    # the paper: mean over blocks of the summed squares
+    assert LossConfig(kind="l2")(predictions, targets).item() == pytest.approx(9.25 / 2)
+
+
+def test_the_target_encoder_follows_by_moving_average():
+    method = make()
+    with torch.no_grad():
+        for p in method.encoder.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in method.target_encoder.parameters()]
+    method.after_step(0.9)
+    for old, slow, fast in zip(before, method.target_encoder.parameters(), method.encoder.parameters(), strict=True):
+        assert torch.allclose(slow, 0.9 * old + 0.1 * fast, atol=1e-6)
+
+
+def test_packed_equals_even_where_all_contexts_are_as_long():
+    method, images, masks = make(), torch.randn(4, 3, 32, 32), masks_of()
+    b, c, k = masks.context.shape
+    packed = Masks(masks.context, masks.targets, torch.full((b, c), k), b * c * k)
+    assert method(images, packed)["loss"].item() == pytest.approx(method(images, masks)["loss"].item(), rel=1e-5)
+
+
+def test_several_contexts_average_their_losses():
+    method, images, masks = make(), torch.randn(4, 3, 32, 32), masks_of(contexts=2)
+    both = method(images, masks)["loss"].item()
+    apart = [method(images, Masks(masks.context[:, c : c + 1], masks.targets))["loss"].item() for c in (0, 1)]
+    assert both == pytest.approx(sum(apart) / 2, rel=1e-5)
+
+
+def test_the_released_loss_is_met_from_the_released_weights(golden):
+    about = json.loads((golden / "ijepa_tiny.json").read_text())
+    tensors = load_file(golden / "ijepa_tiny.safetensors")
+    saved = torch.load(golden / "ijepa_tiny.pth.tar", weights_only=True)
+
+    def own(name: str, prefix: str = "") -> dict[str, torch.Tensor]:
+        names = {k: k.removeprefix("module.") for k in saved[name]}
+        return {n.removeprefix(prefix): saved[name][k] for k, n in names.items() if "pos_embed" not in n}
+
+    config = ViTConfig(size="Ti", image_size=(64, 64), patch_size=8, width=96, depth=3, heads=3)
+    method = IJEPA(config, PredictorConfig(width=48, depth=2), LossConfig())
+    method.encoder.load_state_dict(own("encoder"))
+    method.target_encoder.load_state_dict(own("target_encoder"))
+    method.predictor.load_state_dict(own("predictor", "predictor_"))
+    masks = Masks(tensors["step0.context"][:, None], tensors["step0.targets"].transpose(0, 1))
+    out = method(tensors["step0.images"], masks)
+    assert out["loss"].item() == pytest.approx(about["losses"][0], rel=1e-6)
+    assert torch.allclose(out["features"], tensors["step0.encoder_full"], atol=1e-5)
