@@ -80,7 +80,36 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
         print(f"{name:24} {(make.__doc__ or '').strip().splitlines()[0]}")
 
 
-COMMANDS = {"demo": demo, "pretrain": pretrain, "evaluate": evaluate, "report": report, "recipes": recipes}
+def bench(args: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from openjepa.bench.parts import BENCHES
+    from openjepa.engine.run import environment
+
+    refuse(rest)
+    if args.what not in BENCHES:
+        raise UserError(f"unknown measurement '{args.what}': one of {', '.join(BENCHES)}{nearest(args.what, BENCHES)}")
+    rows = BENCHES[args.what]()
+    if args.json:
+        print(json.dumps({"bench": args.what, "environment": environment(), "rows": rows}, indent=1))
+        return
+    table = Table(*rows[0], title=f"bench {args.what}")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+
+
+COMMANDS = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "report": report,
+    "recipes": recipes,
+    "bench": bench,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,6 +139,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
+
+    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context")
+    p.add_argument("what", metavar="WHAT")
+    p.add_argument("--json", action="store_true")
     return top
 
 

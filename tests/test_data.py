@@ -107,7 +107,7 @@ def test_crops_stay_inside_and_cover_the_range():
         assert 0 <= top < bottom <= 200
         shares.append((right - left) * (bottom - top) / 60_000)
     assert 0.29 < min(shares) < 0.32
-    assert max(shares) > 0.95
+    assert max(shares) > 0.85  # a 3:2 image holds no 4:3 crop larger than 8/9
 
 
 def test_extreme_shapes_still_crop():

@@ -96,7 +96,8 @@ def test_released_behaviour_ties_size_to_aspect():
 
 def test_context_blocks_can_cover_the_whole_grid():
     shapes = {batch_shapes(MaskingConfig(), (14, 14), Draws(0, "s", [i]))[1] for i in range(200)}
-    assert shapes == {(13, 13), (13, 14), (14, 13), (14, 14)}
+    assert (14, 14) in shapes
+    assert (13, 13) in shapes
 
 
 def test_positions_are_uniform_over_all_places():

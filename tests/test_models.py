@@ -166,7 +166,11 @@ def test_parameter_counts_are_the_released_ones(golden, name):
         vit = ViT(ViTConfig(size=name))
     assert sum(p.numel() for p in vit.parameters()) == about["encoder_params"]
     shapes = {k: list(v.shape) for k, v in vit.state_dict().items()}
-    assert shapes == {k: v for k, v in about["shapes"].items() if k != "pos_embed"}
+    assert {k: v for k, v in shapes.items() if not k.startswith("blocks.") or k.startswith("blocks.0.")} == {
+        k: v
+        for k, v in about["shapes"].items()
+        if k != "pos_embed"  # ours are computed, not stored
+    }
 
 
 def test_sizes_are_the_papers():

@@ -7,6 +7,7 @@ high byte, EXIF orientation is obeyed, CMYK and palettes become RGB.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -45,10 +46,12 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
         if image.size[0] * image.size[1] > MAX_PIXELS:
             raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS // 10**6} million")
         image = ImageOps.exif_transpose(image) if turned != 1 else image
-        image = to_mode(image, MODES[channels])
-        scale = image.size[0] / width, image.size[1] / height
-        box = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
-        pixels = np.asarray(image.resize((size[1], size[0]), resample, box=box))
+        x, y = image.size[0] / width, image.size[1] / height  # below 1 after a draft
+        left, top, right, bottom = box[0] * x, box[1] * y, box[2] * x, box[3] * y
+        outer = (int(left), int(top), min(math.ceil(right), image.size[0]), min(math.ceil(bottom), image.size[1]))
+        image = to_mode(image.crop(outer), MODES[channels])  # no pixel outside the crop bleeds in
+        inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+        pixels = np.asarray(image.resize((size[1], size[0]), resample, box=inner))
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise BadImage(str(error) or type(error).__name__) from error
     return pixels[..., None] if channels == 1 else pixels

@@ -153,9 +153,8 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Patch embeddings with positions, prefix tokens first. Returns [B, prefix + (N or K), D]."""
-        x = self.patch_embed(images, visible)
         positions = self.positions_for(images.shape[-2:])  # [N, D]
-        x = x + (positions if visible is None else positions[visible])
+        x = self.patch_embed(images, visible) + (positions if visible is None else positions[visible])
         if self.prefix_tokens is not None:
             x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)
         return x

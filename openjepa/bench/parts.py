@@ -1,0 +1,117 @@
+"""`openjepa bench`: measurements that a user can repeat, printed and as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from openjepa.data.scenes import compose, render
+from openjepa.engine.device import pick_autocast
+from openjepa.engine.optim import OptimConfig, build_optimizer
+from openjepa.masking import MaskingConfig, sample
+from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models.layers import plain_attention
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+Rows = list[dict[str, Any]]
+
+
+def seconds(call: Callable[[], Any], repeats: int = 15) -> dict[str, float]:
+    """Median, fastest and slowest of several calls, after two to warm up."""
+    call(), call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return {"median_s": median(times), "min_s": min(times), "max_s": max(times)}
+
+
+def masks() -> Rows:
+    """Masks of 256 images on a 14x14 grid, on one core."""
+    rows: Rows = []
+    for settings in ({}, {"context": "packed"}, {"strategy": "block"}, {"strategy": "rasterized"}, {"strategy": "random"},
+                     {"behaviour": "released"}):  # fmt: skip
+        config = MaskingConfig(**settings)  # type: ignore[arg-type]
+        times = seconds(
+            lambda c=config: sample(c, (14, 14), 0, 0, np.arange(256)), 5 if settings.get("behaviour") else 15
+        )  # type: ignore[misc]
+        rows.append(
+            {
+                "masks": " ".join(settings.values()) or "multiblock even",
+                "images_per_s": 256 / times["median_s"],
+                **times,
+            }
+        )
+    return rows
+
+
+def scenes() -> Rows:
+    """Composed and rendered scenes on one core."""
+    rows: Rows = []
+    for size, count in ((64, 50), (128, 20), (224, 8)):
+        times = seconds(lambda s=size, n=count: [render(compose(0, k), (s, s)) for k in range(n)], 7)  # type: ignore[misc]
+        rows.append({"size_px": size, "scenes_per_s": count / times["median_s"], **times})
+    return rows
+
+
+def attention() -> Rows:
+    """torch's fused attention against plain matrix products on the CPU, forward and backward."""
+    rows: Rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, heads, tokens, d in ((64, 3, 24, 64), (64, 3, 64, 64), (32, 6, 196, 64), (4, 12, 784, 64)):
+            q, k, v = (torch.randn(batch, heads, tokens, d, dtype=dtype, requires_grad=True) for _ in range(3))
+            plain = seconds(lambda: plain_attention(q, k, v).sum().backward())
+            fused = seconds(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward())
+            shape = {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "heads": heads, "tokens": tokens}
+            ratio = fused["median_s"] / plain["median_s"]
+            rows.append(
+                {**shape, "plain_s": plain["median_s"], "fused_s": fused["median_s"], "fused_over_plain": ratio}
+            )
+    return rows
+
+
+def context() -> Rows:
+    """A training step with evened and with packed contexts, in turn: ViT 192 x 6, 8x8 grid, batch 64, on the CPU."""
+    method = IJEPA(
+        ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6),
+        PredictorConfig(width=96, depth=3),
+        LossConfig(),
+    )
+    optimizer = build_optimizer(method, OptimConfig())
+    autocast = pick_autocast("auto", torch.device("cpu"))
+    images = torch.randn(64, 3, 32, 32)
+    times: dict[str, list[float]] = {"even": [], "packed": []}
+    tokens: dict[str, list[float]] = {"even": [], "packed": []}
+    for step in range(24):
+        for kind in times:
+            config = MaskingConfig(context=kind)  # type: ignore[arg-type]
+            drawn = sample(config, (8, 8), 0, step, np.arange(64) + 64 * step)
+            start = time.perf_counter()
+            with autocast():
+                loss = method(images, drawn)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step(0.996)
+            if step >= 4:
+                times[kind].append(time.perf_counter() - start)
+                tokens[kind].append(drawn.total / 64 if drawn.lengths is not None else drawn.context.shape[-1])
+    return [
+        {
+            "context": kind,
+            "images_per_s": 64 / median(times[kind]),
+            "context_tokens": sum(tokens[kind]) / len(tokens[kind]),
+        }
+        for kind in times
+    ]
+
+
+BENCHES: dict[str, Callable[[], Rows]] = {"masks": masks, "scenes": scenes, "attention": attention, "context": context}
