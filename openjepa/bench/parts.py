@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from openjepa.data.scenes import compose, render
+from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.masking import MaskingConfig, sample
@@ -40,41 +41,38 @@ def masks() -> Rows:
     for settings in ({}, {"context": "packed"}, {"strategy": "block"}, {"strategy": "rasterized"}, {"strategy": "random"},
                      {"behaviour": "released"}):  # fmt: skip
         config = MaskingConfig(**settings)  # type: ignore[arg-type]
-        times = seconds(
-            lambda c=config: sample(c, (14, 14), 0, 0, np.arange(256)), 5 if settings.get("behaviour") else 15
-        )  # type: ignore[misc]
-        rows.append(
-            {
-                "masks": " ".join(settings.values()) or "multiblock even",
-                "images_per_s": 256 / times["median_s"],
-                **times,
-            }
-        )
+        times = seconds(partial(sample, config, (14, 14), 0, 0, np.arange(256)), 5)
+        rows.append({"masks": " ".join(settings.values()) or "multiblock even", **rate("images", 256, times)})
     return rows
 
 
 def scenes() -> Rows:
     """Composed and rendered scenes on one core."""
-    rows: Rows = []
-    for size, count in ((64, 50), (128, 20), (224, 8)):
-        times = seconds(lambda s=size, n=count: [render(compose(0, k), (s, s)) for k in range(n)], 7)  # type: ignore[misc]
-        rows.append({"size_px": size, "scenes_per_s": count / times["median_s"], **times})
-    return rows
+    sizes = ((64, 50), (128, 20), (224, 8))
+    return [
+        {"size_px": size, **rate("scenes", count, seconds(partial(render_range, (0, 0, count, (size, size))), 7))}
+        for size, count in sizes
+    ]
+
+
+def rate(what: str, count: int, times: dict[str, float]) -> dict[str, float]:
+    return {f"{what}_per_s": count / times["median_s"], **times}
 
 
 def attention() -> Rows:
     """torch's fused attention against plain matrix products on the CPU, forward and backward."""
+
+    def there_and_back(kernel: Callable[..., torch.Tensor], qkv: list[torch.Tensor]) -> None:
+        kernel(*qkv).sum().backward()
+
     rows: Rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for batch, heads, tokens, d in ((64, 3, 24, 64), (64, 3, 64, 64), (32, 6, 196, 64), (4, 12, 784, 64)):
-            q, k, v = (torch.randn(batch, heads, tokens, d, dtype=dtype, requires_grad=True) for _ in range(3))
-            plain = seconds(lambda: plain_attention(q, k, v).sum().backward())
-            fused = seconds(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward())
+            qkv = [torch.randn(batch, heads, tokens, d, dtype=dtype, requires_grad=True) for _ in range(3)]
+            plain = seconds(partial(there_and_back, plain_attention, qkv))["median_s"]
+            fused = seconds(partial(there_and_back, F.scaled_dot_product_attention, qkv))["median_s"]
             shape = {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "heads": heads, "tokens": tokens}
-            ratio = fused["median_s"] / plain["median_s"]
-            rows.append(
-                {**shape, "plain_s": plain["median_s"], "fused_s": fused["median_s"], "fused_over_plain": ratio}
-            )
+            rows.append({**shape, "plain_s": plain, "fused_s": fused, "fused_over_plain": fused / plain})
     return rows
 
 
