@@ -78,7 +78,7 @@ def test_features_are_pooled_normed_layers(tiny, folder):
     assert features.shape == (6, 2, 24)
     expected = encoder(torch.stack([images[i] for i in range(6)])).mean(1)
     assert torch.allclose(features[:, -1], expected, atol=1e-5)
-    assert raw_pixels(images, 16).shape == (6, 1, 16 * 16 * 3)
+    assert raw_pixels(images).shape == (6, 1, 32 * 32 * 3)
 
 
 class Renamed(Source):

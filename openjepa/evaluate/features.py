@@ -68,8 +68,6 @@ def extract(
     return torch.cat(parts)
 
 
-def raw_pixels(images: Images, side: int = 16) -> Tensor:
-    """The control that any representation should beat: the image itself, at most `side` pixels a side. [n, 1, D]."""
-    size = (min(side, images.size[0]), min(side, images.size[1]))
-    small = Images(images.source, images.indices, size, images.channels)
-    return torch.stack([small[i].float().flatten() / 255 for i in range(len(small))])[:, None]
+def raw_pixels(images: Images) -> Tensor:
+    """The control that any representation should beat: the image itself, at the encoder's input size. [n, 1, D]."""
+    return torch.stack([images[i].float().flatten() / 255 for i in range(len(images))])[:, None]

@@ -26,6 +26,17 @@ class LossConfig:
     """How far a prediction is from its target."""
 
     kind: Literal["released", "l2"] = "released"  # smooth-L1 on layer-normed targets, or the paper's formula
+    variance: float = 0.0  # weight of VICReg's variance term on the pooled context, as in C-JEPA; not in the paper
+    covariance: float = 0.0  # weight of its covariance term
+    projection: int = 512  # width that the pooled context is projected to for these two
+
+    def __post_init__(self) -> None:
+        if self.variance < 0 or self.covariance < 0 or self.projection < 1:
+            raise UserError("loss.variance and loss.covariance must not be negative, loss.projection at least 1")
+
+    @property
+    def regularised(self) -> bool:
+        return self.variance > 0 or self.covariance > 0
 
     def __call__(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """predictions, targets: [B, M, T, D]. Returns a scalar."""
@@ -33,6 +44,24 @@ class LossConfig:
         if self.kind == "released":
             return F.smooth_l1_loss(predictions, targets)
         return (predictions - targets).square().sum((2, 3)).mean()  # section 3, "Loss"
+
+    def regulariser(self, projected: Tensor) -> Tensor:
+        """Variance and covariance terms (VICReg, Bardes et al., 2022; C-JEPA, Mo & Tong, 2024, arXiv 2410.19560).
+
+        projected: [B, P], one row an image. Keeps every dimension's deviation over the batch at 1 or more, and
+        dimensions apart. Returns a scalar.
+        """
+        projected = projected.float()
+        b, p = projected.shape
+        centred = projected - projected.mean(0)
+        variance = F.relu(1 - (centred.square().sum(0) / (b - 1) + 1e-4).sqrt()).mean()
+        covariance = (centred.T @ centred / (b - 1)).fill_diagonal_(0).square().sum() / p
+        return self.variance * variance + self.covariance * covariance
+
+
+def projector(width: int, projection: int) -> nn.Sequential:
+    """From pooled features to where variance and covariance are measured; thrown away after training."""
+    return nn.Sequential(nn.Linear(width, projection), nn.GELU(), nn.Linear(projection, projection))
 
 
 class IJEPA(nn.Module):
@@ -43,6 +72,7 @@ class IJEPA(nn.Module):
         self.loss = loss
         self.encoder = ViT(model)
         self.predictor = Predictor(predictor, model)
+        self.projector = projector(model.dim, loss.projection) if loss.regularised else None
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> IJEPA:
@@ -57,7 +87,7 @@ class IJEPA(nn.Module):
         """
         features = self.target_encoder_features(images)  # B N D
         targets = self.targets(features, masks)  # B M T D
-        losses = [self.loss(self.predict(images, masks, c), targets) for c in range(masks.context.shape[1])]
+        losses = [self.context_loss(images, masks, c, targets) for c in range(masks.context.shape[1])]
         return {"loss": torch.stack(losses).mean(), "features": features}
 
     @torch.no_grad()
@@ -72,16 +102,27 @@ class IJEPA(nn.Module):
             features = F.layer_norm(features.float(), features.shape[-1:])
         return take(features.float(), masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])
 
-    def predict(self, images: Tensor, masks: Masks, c: int) -> Tensor:
-        """Context and prediction: encode the visible patches alone, then predict each block. [B, M, T, D]."""
+    def context_loss(self, images: Tensor, masks: Masks, c: int, targets: Tensor) -> Tensor:
+        """One context's prediction error, and the regulariser if there is one."""
+        context, visible, ragged = self.encode_context(images, masks, c)
+        loss = self.loss(self.predictor(context, visible, masks.targets, ragged), targets)
+        if self.projector is None:
+            return loss
+        if ragged is not None:
+            pooled = ragged.pad(context).sum(1) / ragged.mask.sum(1, keepdim=True)
+        else:
+            pooled = context.mean(1)
+        return loss + self.loss.regulariser(self.projector(pooled))
+
+    def encode_context(self, images: Tensor, masks: Masks, c: int) -> tuple[Tensor, Tensor, Ragged | None]:
+        """Encode the visible patches of the c-th context alone. Returns [B, K, D], or [total, D] and its layout."""
         visible = masks.context[:, c]
         ragged = None
         if masks.lengths is not None:
             if masks.context.shape[1] > 1:
                 raise UserError("masking.context 'packed' takes one context block: use 'even' with several")
             ragged = Ragged(torch.arange(visible.shape[1], device=visible.device) < masks.lengths, masks.total)
-        context = self.encoder(images, visible, ragged)
-        return self.predictor(context, visible, masks.targets, ragged)
+        return self.encoder(images, visible, ragged), visible, ragged
 
     @torch.no_grad()
     def after_step(self, momentum: float) -> None:
