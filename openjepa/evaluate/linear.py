@@ -18,8 +18,8 @@ from openjepa.rng import permutation
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 DECAYS = (0.0, 5e-4)
-EPOCHS = 30
-BATCH = 512
+BATCH = 256
+EPOCHS, STEPS = 30, 2000  # trains for whichever is longer
 VALIDATION = 0.1  # share of the training set that chooses the head
 
 
@@ -86,8 +86,9 @@ def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -
     velocity = [torch.zeros_like(weights), torch.zeros_like(bias)]
     one_hot = F.one_hot(labels, classes).float()
     batch = min(BATCH, n)
-    steps, step = EPOCHS * (n // batch), 0
-    for epoch in range(EPOCHS):
+    epochs = max(EPOCHS, math.ceil(STEPS / (n // batch)))
+    steps, step = epochs * (n // batch), 0
+    for epoch in range(epochs):
         order = torch.from_numpy(permutation(seed, "probe order", epoch, n))
         for index in order[: n // batch * batch].split(batch):
             xb = x[index]

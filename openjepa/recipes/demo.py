@@ -12,7 +12,8 @@ from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import override
 from openjepa.recipes.report import report
 
-TRAIN, TEST = "scenes:8000", "scenes:8000-10000"
+TRAIN = "scenes:8000"  # without labels
+LABELLED, TEST = "scenes:2000", "scenes:8000-10000"  # labels are scarce: that is why anyone pretrains
 
 
 def demo(out: Path, seed: int, console: Console) -> None:
@@ -20,7 +21,7 @@ def demo(out: Path, seed: int, console: Console) -> None:
     recipe = override(ijepa_scenes(), {"seed": str(seed)})
     console.print(f"pretraining on {TRAIN}: rendered scenes of 3 to 10 objects; nothing is downloaded", highlight=False)
     pretrain(recipe, TRAIN, out, console)
-    evaluate_run(out, TRAIN, TEST, ["knn", "linear"], "target_encoder", console)
+    evaluate_run(out, LABELLED, TEST, ["knn", "linear"], "target_encoder", console)
     page = report(out)
     console.print(
         f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_cifar10_cpu --data YOUR_IMAGES --out runs/first",

@@ -106,7 +106,7 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
                 f"{out} was made from other images ({saved['data']}, {saved['images']} images): now {data} has {len(source)} "
                 "images and other contents; choose another --out"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def saved_recipe(run: Path) -> Recipe:
     """The recipe of a run. Raises UserError if there is none."""
     try:
         return from_dict(Recipe, yaml.safe_load((run / "recipe.yaml").read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run} is not a run: it has no recipe.yaml") from error
     except yaml.YAMLError as error:
         raise UserError(f"{run / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
