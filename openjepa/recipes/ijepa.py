@@ -23,9 +23,9 @@ def ijepa_scenes() -> Recipe:
         model=ViTConfig(size="Ti", image_size=(64, 64), patch_size=8, depth=4),
         predictor=PredictorConfig(width=96, depth=2),
         loss=LossConfig(variance=0.25, covariance=0.01),
-        data=DataConfig(batch_size=32),
+        data=DataConfig(batch_size=64),
         optim=OptimConfig(lr=1e-3, start_lr=1e-4, final_weight_decay=0.04),
-        schedule=ScheduleConfig(epochs=5, warmup_epochs=0.5, ema=(0.99, 1.0)),
+        schedule=ScheduleConfig(epochs=5, warmup_epochs=0.5, ema=(0.996, 1.0)),
         monitors=MonitorsConfig(log_every=100, knn_every=0),
     )
 
