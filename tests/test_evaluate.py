@@ -51,6 +51,19 @@ def test_heads_trained_together_equal_heads_trained_alone():
         assert torch.allclose(together[:, 4 * i : 4 * i + 4], linear.fit(x, y, 4, [head], 0)[0], atol=1e-5)
 
 
+def test_wide_features_give_the_same_probe_in_their_span():
+    (x, y), (z, _) = clusters(60, d=200), clusters(50, d=200, seed=1)
+    heads = [linear.Head("last", 0.03, 5e-4)]
+    narrow, narrow_unseen = linear.standardise(x, z)
+    assert narrow.shape == (60, 60)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    outputs = []
+    for known, unseen in ((narrow, narrow_unseen), ((x - mean) / std, (z - mean) / std)):
+        weights, bias = linear.fit(known, y, 4, heads, 0)
+        outputs.append(unseen @ weights + bias)
+    assert torch.allclose(*outputs, atol=1e-3)
+
+
 def test_the_head_is_chosen_without_the_test_set():
     (x, y), (z, t) = clusters(600), clusters(200, seed=1)
     honest = linear_probe(x[:, None], y, z[:, None], t, 4)

@@ -50,15 +50,14 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     sweep: list[tuple[Head, float]] = []
     for name, (x, _) in feature_sets(train, test).items():
         heads = [Head(name, lr, wd) for lr, wd in itertools.product(RATES, DECAYS)]
-        mean, std = moments(x[fitting])
-        weights, bias = fit((x[fitting] - mean) / std, train_labels[fitting], classes, heads, seed)
-        scores = accuracies((x[validation] - mean) / std, train_labels[validation], weights, bias, classes)
+        known, unseen = standardise(x[fitting], x[validation])
+        weights, bias = fit(known, train_labels[fitting], classes, heads, seed)
+        scores = accuracies(unseen, train_labels[validation], weights, bias, classes)
         sweep += list(zip(heads, scores, strict=True))
     chosen = max(sweep, key=lambda entry: entry[1])[0]
-    x, y = feature_sets(train, test)[chosen.features]
-    mean, std = moments(x)
-    weights, bias = fit((x - mean) / std, train_labels, classes, [chosen], seed)
-    return LinearResult(accuracies((y - mean) / std, test_labels, weights, bias, classes)[0], chosen, sweep)
+    known, unseen = standardise(*feature_sets(train, test)[chosen.features])
+    weights, bias = fit(known, train_labels, classes, [chosen], seed)
+    return LinearResult(accuracies(unseen, test_labels, weights, bias, classes)[0], chosen, sweep)
 
 
 def feature_sets(train: Tensor, test: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -69,9 +68,18 @@ def feature_sets(train: Tensor, test: Tensor) -> dict[str, tuple[Tensor, Tensor]
     return sets
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each dimension: the probe's batch norm, without its noise."""
-    return x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+def standardise(known: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets by the mean and deviation of `known`: the probe's batch norm, without its noise.
+
+    With more dimensions than samples both are then rotated into the span of `known`. Gradient descent from zero never
+    leaves that span and does not notice a rotation, so the probe is the same and costs less.
+    """
+    mean, std = known.mean(0), known.std(0, correction=0).clamp(min=1e-6)
+    known, unseen = (known - mean) / std, (unseen - mean) / std
+    if known.shape[1] > len(known):
+        basis, _ = torch.linalg.qr(known.T)
+        known, unseen = known @ basis, unseen @ basis
+    return known, unseen
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, heads: list[Head], seed: int) -> tuple[Tensor, Tensor]:
