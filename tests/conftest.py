@@ -20,6 +20,7 @@ TINY = {
     "optim": {"lr": 1e-3, "start_lr": 1e-4},
     "schedule": {"epochs": 2, "warmup_epochs": 0.5},
     "monitors": {"log_every": 1, "knn_images": 20},
+    "precision": "fp32",
 }
 
 

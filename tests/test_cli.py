@@ -1,5 +1,6 @@
 """Claims about the command line: quick, one line for each mistake, and it says what comes next."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from openjepa import cli
 from openjepa.recipes.recipe import to_yaml
+from tests.test_data import make_parquet, make_shards
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -113,3 +115,27 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path, tiny, folder):
     assert "raw pixels" in text
     status, text, _ = run(monkeypatch, capsys, "report", str(out))
     assert (out / "report.html").read_text().count("data:image/png;base64,") == 5
+
+
+def test_real_images_give_the_same_losses_from_a_folder_parquet_and_shards(
+    monkeypatch, capsys, tmp_path, tiny, real_images
+):
+    photographs = tmp_path / "folder"
+    unpack = [sys.executable, str(real_images / "unpack.py"), "imagenette160", "val", str(photographs), "--limit", "48"]
+    subprocess.run(unpack, check=True, capture_output=True)
+    files = sorted(photographs.rglob("*.jpg"))
+    names = sorted({file.parent.name for file in files})
+    labels = [names.index(file.parent.name) for file in files]
+    make_parquet(tmp_path / "photographs.parquet", files, labels, names)
+    make_shards(tmp_path, files, labels)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(tiny))
+    losses = []
+    for number, data in enumerate((photographs, tmp_path / "photographs.parquet", tmp_path / "s-{00..01}.tar")):
+        out = tmp_path / f"run{number}"
+        words = ["--config", str(tmp_path / "recipe.yaml"), "--data", str(data), "--out", str(out)]
+        status, _, errors = run(monkeypatch, capsys, "pretrain", *words)
+        assert status == 0, errors
+        logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in logged if "loss" in line])
+    assert len(losses[0]) == 12
+    assert losses[0] == losses[1] == losses[2]

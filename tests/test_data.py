@@ -141,10 +141,14 @@ def make_parquet(path: Path, files: list[Path], labels: list[int], names: list[s
 
 
 def make_shards(root: Path, files: list[Path], labels: list[int]) -> None:
+    half = len(files) // 2
     for shard in range(2):
         with tarfile.open(root / f"s-{shard:02}.tar", "w") as tar:
-            for i in range(shard * 20, shard * 20 + 20):
-                for name, data in ((f"{i:06}.png", files[i].read_bytes()), (f"{i:06}.cls", str(labels[i]).encode())):
+            for i in range(shard * half, shard * half + half):
+                for name, data in (
+                    (f"{i:06}{files[i].suffix}", files[i].read_bytes()),
+                    (f"{i:06}.cls", str(labels[i]).encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))

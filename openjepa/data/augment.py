@@ -16,7 +16,7 @@ TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random resized crop (PROTOCOLS: scale 0.3 to 1, bilinear); flip, jitter and blur are off in I-JEPA."""
+    """Random resized crop (scale 0.3 to 1, bilinear, as released); flip, jitter and blur are off in I-JEPA."""
 
     crop_scale: tuple[float, float] = (0.3, 1.0)  # share of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright image
 Raw = bytes | Image.Image | np.ndarray
@@ -52,6 +52,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
         image = to_mode(image.crop(outer), MODES[channels])  # no pixel outside the crop bleeds in
         inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
         pixels = np.asarray(image.resize((size[1], size[0]), resample, box=inner))
+    except UnidentifiedImageError as error:  # its own message shows an object in memory
+        raise BadImage("not an image" if raw else "an empty file") from error
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise BadImage(str(error) or type(error).__name__) from error
     return pixels[..., None] if channels == 1 else pixels

@@ -12,15 +12,15 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from openjepa.data.sources import Source, cache_folder
 from openjepa.errors import UserError
@@ -383,13 +383,9 @@ class Scenes(Source):
         edges = [*range(self.first, self.last, block), self.last]
         jobs = [(self.seed, a, b, self.size) for a, b in pairwise(edges)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if len(jobs) < 4 or cores < 2 or get_context().current_process().daemon:
-            results: Any = map(render_range, jobs)
-            yield from ((job[1] - self.first, images) for job, images in zip(jobs, results, strict=True))
-            return
-        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-            for job, images in zip(jobs, pool.map(render_range, jobs), strict=True):
-                yield job[1] - self.first, images
+        alone = len(jobs) < 4 or cores < 2 or current_process().daemon  # a loader's worker has no workers of its own
+        blocks = DataLoader(jobs, batch_size=None, collate_fn=render_range, num_workers=0 if alone else cores)
+        yield from ((job[1] - self.first, images) for job, images in zip(jobs, blocks, strict=True))
 
 
 def render_range(job: tuple[int, int, int, tuple[int, int]]) -> np.ndarray:

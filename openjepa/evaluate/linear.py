@@ -20,7 +20,7 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 DECAYS = (0.0, 5e-4)
 BATCH = 256
 EPOCHS, STEPS = 30, 2000  # trains for whichever is longer
-VALIDATION = 0.1  # share of the training set that chooses the head
+VALIDATION = 0.2  # share of the training set that chooses the head
 
 
 @dataclass(frozen=True)

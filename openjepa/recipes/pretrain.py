@@ -16,7 +16,7 @@ from torch import Tensor
 from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import Batch, Steps, batches, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
-from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.device import pick_autocast, pick_device, pick_precision
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run
@@ -27,7 +27,7 @@ from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
-from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
+from openjepa.recipes.recipe import Recipe, differences, from_dict, override, to_yaml
 from openjepa.rng import key, permutation
 
 
@@ -37,6 +37,7 @@ def pretrain(recipe: Recipe, data: str, out: Path, console: Console) -> IJEPA:
     Raises UserError for another recipe or other data in `out`, and Interrupted after Ctrl-C.
     """
     device = pick_device(recipe.machine.device)
+    recipe = settled(recipe, out, device)
     source = open_source(data, recipe.model.image_size)
     schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
     method = build(recipe).to(device)
@@ -85,6 +86,15 @@ def pretrain(recipe: Recipe, data: str, out: Path, console: Console) -> IJEPA:
             seed=recipe.seed,
         )
     return method
+
+
+def settled(recipe: Recipe, out: Path, device: torch.device) -> Recipe:
+    """`precision: auto` is settled once, when a run begins, so that it goes on in the same arithmetic everywhere."""
+    if recipe.precision != "auto":
+        return recipe
+    begun = (out / "recipe.yaml").exists()
+    precision = saved_recipe(out).precision if begun else pick_precision("auto", device)
+    return override(recipe, {"precision": precision})
 
 
 def build(recipe: Recipe) -> IJEPA:
