@@ -22,6 +22,8 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
     out = Path(args.out)
     known = out / "recipe.yaml"
+    if args.recipe and args.config:
+        raise UserError("give --recipe or --config, not both")
     if args.recipe or args.config:
         recipe = named(args.recipe) if args.recipe else read(Path(args.config))
     elif known.exists():
@@ -48,7 +50,7 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     refuse(rest)
     protocols = args.protocols.split(",")
-    evaluate_run(Path(args.run), args.train, args.test, protocols, args.network, Console())
+    evaluate_run(Path(args.run), args.train, args.test, protocols, args.network, args.device, Console())
     print(f"next: openjepa report {args.run}")
 
 
@@ -121,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="DIR", default="openjepa-demo")
     p.add_argument("--seed", type=int, default=0)
 
-    p = commands.add_parser("pretrain", help="pretrain an encoder on a pile of images; the same RUN goes on")
+    p = commands.add_parser(
+        "pretrain",
+        help="pretrain an encoder on a pile of images; the same RUN goes on",
+        epilog="Any value of the recipe: --optim.lr 5e-4, --masking.targets 6 (openjepa recipes NAME prints them all)",
+    )
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
     p.add_argument("--data", metavar="SPEC", help=SPEC)
@@ -133,6 +139,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--test", metavar="SPEC", required=True, help="labelled images that they are scored on")
     p.add_argument("--protocols", default="knn,linear", metavar="LIST")
     p.add_argument("--network", default="target_encoder", choices=("target_encoder", "encoder"))
+
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
 
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
     p.add_argument("run", metavar="RUN")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,7 @@ def sample(config: MaskingConfig, grid: Grid, seed: int, step: int, slots: np.nd
     subset = Draws(seed, "mask subset", slots)
     match config.strategy:
         case "multiblock" if config.behaviour == "released":
+            check(config, grid)  # it would look for ever for what is not there
             generator = torch.Generator().manual_seed((key(seed, "released positions") + step) % 2**63)
             return released(config, grid, torch.Generator().manual_seed(step), generator, len(slots))
         case "multiblock":
@@ -341,6 +343,7 @@ def visible_patches(corners: np.ndarray, shape: Grid, windows: np.ndarray, windo
 # ---------------------------------------------------------------- the door
 
 
+@lru_cache(maxsize=64)
 def check(config: MaskingConfig, grid: Grid) -> None:
     """Refuse settings that the grid cannot meet, with the arithmetic, before anything runs.
 
@@ -375,6 +378,10 @@ def check(config: MaskingConfig, grid: Grid) -> None:
                     f"masking.hidden {config.hidden} of {name} leaves {kept_fewest}, below min_keep {config.min_keep}"
                 )
         case "rasterized":
+            if patches // 4 < config.min_keep:
+                raise UserError(
+                    f"masking: a quadrant of {name} has {patches // 4}, and masking.min_keep asks for {config.min_keep}"
+                )
             if grid[0] % 2 or grid[1] % 2:
                 raise UserError(
                     f"masking.strategy 'rasterized' splits the grid into equal quadrants: {name} has an odd side"

@@ -33,7 +33,7 @@ def test_collapse_is_seen_and_named(kind):
         features = torch.randn(16, 64).expand(32, 16, 64) + noise
     else:
         features = torch.randn(32, 16, 1) * torch.randn(64) + 0.001 * torch.randn(32, 16, 64)
-    warning = collapse_warning(feature_statistics(features), 64)
+    warning = collapse_warning(feature_statistics(features), 32, 64)
     assert warning
     assert "schedule.ema" in warning
 

@@ -93,5 +93,5 @@ def centre_crop(width: int, height: int, size: tuple[int, int], share: float = 1
 
 
 def central(width: int, height: int, w: float, h: float) -> Box:
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    left, top = max(0.0, (width - w) / 2), max(0.0, (height - h) / 2)  # never -1e-15
+    return left, top, min(left + w, width), min(top + h, height)

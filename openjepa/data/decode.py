@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from openjepa.errors import first_line
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright image
 Raw = bytes | Image.Image | np.ndarray
@@ -26,6 +29,10 @@ class BadImage(Exception):
     """An image that cannot be decoded; the message says why."""
 
 
+DAMAGE = (OSError, ValueError, TypeError, LookupError, SyntaxError, EOFError, MemoryError, struct.error,
+          Image.DecompressionBombError)  # what Pillow raises for damaged bytes  # fmt: skip
+
+
 def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int = 3,
            resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:  # fmt: skip
     """Crop and resize one image with antialiasing.
@@ -38,6 +45,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
         image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         turned = image.getexif().get(ORIENTATION, 1)
+        if turned not in range(2, 9) or image.format == "TIFF":  # Pillow turns TIFF itself
+            turned = 1
         width, height = image.size if turned < 5 else image.size[::-1]
         box = choose(width, height)
         if image.format == "JPEG" and turned == 1:  # let the DCT shrink it, to twice what is needed at least
@@ -54,8 +63,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
         pixels = np.asarray(image.resize((size[1], size[0]), resample, box=inner))
     except UnidentifiedImageError as error:  # its own message shows an object in memory
         raise BadImage("not an image" if raw else "an empty file") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise BadImage(str(error) or type(error).__name__) from error
+    except DAMAGE as error:
+        raise BadImage(first_line(error)) from error
     return pixels[..., None] if channels == 1 else pixels
 
 
@@ -63,7 +72,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Any Pillow mode to 8-bit L, RGB or RGBA."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise BadImage("floating-point pixels have no fixed range: convert it to 8 or 16 bits")
     if mode != "RGBA" and (image.has_transparency_data or image.mode in ("RGBA", "LA", "PA", "RGBa", "La")):

@@ -8,7 +8,6 @@ its shape. Lengths are CLEVR's units; the camera stands about 11 from the centre
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -16,17 +15,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from multiprocessing import current_process
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from openjepa.data.sources import Source, cache_folder
 from openjepa.errors import UserError
 from openjepa.rng import Draws
 
-VERSION = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=4).hexdigest()  # no cache outlives this file
+VERSION = 2  # raise it when any pixel or label changes: caches and runs of another version are not gone on with
 SHAPES = ("sphere", "cube", "cylinder")
 SIZES = (0.35, 0.7)  # radius of the circle that an object stands in
 MATERIALS = ("rubber", "metal")
@@ -328,6 +326,8 @@ def shade(scene: Scene, point: Vector, d: Vector, normal: np.ndarray, albedo: np
 
 # ---------------------------------------------------------------- the source
 
+Job = tuple[int, int, int, tuple[int, int]]  # seed, first, last, size
+
 
 class Scenes(Source):
     """Scenes first to last - 1, rendered once at one size and kept in the cache, memory-mapped."""
@@ -372,11 +372,18 @@ class Scenes(Source):
         file = cache_folder() / f"scenes-{VERSION}-{self.seed}-{self.first}-{self.last}-{h}x{w}.npy"
         if not file.exists():
             part = file.with_suffix(f".{os.getpid()}.part")
-            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(self), h, w, 3))
-            for start, block in self._render_all():
-                pixels[start : start + len(block)] = block
-            pixels.flush()
-            part.rename(file)
+            try:
+                pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(self), h, w, 3))
+                for start, block in self._render_all():
+                    pixels[start : start + len(block)] = block
+                pixels.flush()
+                part.rename(file)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to the cache {file.parent} ({error.strerror}): set OPENJEPA_CACHE"
+                ) from error
+            finally:
+                part.unlink(missing_ok=True)
         return np.load(file, mmap_mode="r")
 
     def _render_all(self, block: int = 128) -> Iterator[tuple[int, np.ndarray]]:
@@ -384,11 +391,24 @@ class Scenes(Source):
         jobs = [(self.seed, a, b, self.size) for a, b in pairwise(edges)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         alone = len(jobs) < 4 or cores < 2 or current_process().daemon  # a loader's worker has no workers of its own
-        blocks = DataLoader(jobs, batch_size=None, collate_fn=render_range, num_workers=0 if alone else cores)
+        blocks = DataLoader(Blocks(jobs), batch_size=None, num_workers=0 if alone else cores, collate_fn=np.asarray)
         yield from ((job[1] - self.first, images) for job, images in zip(jobs, blocks, strict=True))
 
 
-def render_range(job: tuple[int, int, int, tuple[int, int]]) -> np.ndarray:
+class Blocks(Dataset[np.ndarray]):
+    """Ranges of scenes to render, for the workers of a loader."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return render_range(self.jobs[index])
+
+
+def render_range(job: Job) -> np.ndarray:
     """Scenes first to last - 1 of a seed. Returns uint8 [n, height, width, 3]."""
     seed, first, last, size = job
     return np.stack([render(compose(seed, k), size) for k in range(first, last)])

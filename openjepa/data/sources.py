@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from openjepa.data.decode import Raw
-from openjepa.errors import UserError
+from openjepa.errors import UserError, first_line, nearest
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SPLIT = re.compile(r"train|test|validation|valid|val")  # what names of Parquet files begin with
+LABELS = ("label", "labels", "target", "class", "fine_label", "coarse_label")  # columns that need no class names
 IN_MEMORY = 2**30  # Parquet bytes read whole; more is laid out on disk and memory-mapped
 
 
@@ -52,7 +55,10 @@ class Source:
         for task in sorted(self.labels):
             digest.update(task.encode() + self.labels[task].astype("<i8").tobytes())
         for index in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
-            raw = self.read(int(index))
+            try:
+                raw = self.read(int(index))
+            except OSError:  # training will name it and go on
+                raw = b"unreadable"
             digest.update(raw if isinstance(raw, bytes) else np.asarray(raw).tobytes())
         return digest.hexdigest()
 
@@ -71,20 +77,26 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
         return from_hub(rest)
     if kind == "torchvision":
         return TorchvisionSource(rest)
-    if ".tar" in spec:
-        return Shards(spec)
-    if spec.endswith(".parquet"):
-        return ParquetSource.from_files(expand_local(spec))
     path = Path(spec).expanduser()
+    if not path.is_dir() and spec.endswith(".tar"):
+        return Shards(spec)
+    if not path.is_dir() and spec.endswith(".parquet"):
+        return ParquetSource.from_files(expand_local(spec))
     if not path.exists():
         hint = " (a SPEC is a folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME, torchvision:NAME or scenes)"
         raise UserError(f"data '{spec}': no such file or folder{hint}")
     if path.is_file():
         raise UserError(f"data '{spec}' is a file of a kind that is not read: give a folder, *.parquet or *.tar")
     if not (images := list(walk(path))):
-        parquet = sorted(str(p) for p in path.glob("**/*.parquet"))
+        parquet = sorted(path.glob("**/*.parquet"))
+        splits = {match[0] for file in parquet if (match := SPLIT.match(file.name))}
+        if len(splits) > 1:
+            names = ", ".join(sorted(splits))
+            raise UserError(
+                f"data '{spec}' holds several splits ({names}): give one, such as '{spec}/**/train*.parquet'"
+            )
         if parquet:
-            return ParquetSource.from_files(parquet)
+            return ParquetSource.from_files([str(file) for file in parquet])
         raise UserError(f"data '{spec}': no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
     return Folder(path, images)
 
@@ -99,7 +111,7 @@ class Folder(Source):
         self.root, self.files = str(root), files
         tops = [file.split(os.sep, 1)[0] if os.sep in file else None for file in files]
         self.labels, self.classes = {}, {}
-        if all(top is not None for top in tops) and len(set(tops)) > 1:
+        if all(top is not None for top in tops):
             names = sorted({str(top) for top in tops})
             number = {name: i for i, name in enumerate(names)}
             self.labels["label"] = np.array([number[str(top)] for top in tops], dtype=np.int64)
@@ -113,7 +125,7 @@ class Folder(Source):
             return file.read()
 
     def name(self, index: int) -> str:
-        return self.files[index]
+        return self.files[index].encode(errors="backslashreplace").decode()
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -196,7 +208,7 @@ def read_tables(files: list[str]) -> Any:
             tables.append(pa.ipc.open_file(pa.memory_map(str(copy))).read_all())
         return pa.concat_tables(tables)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise UserError(f"data '{files[0]}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"data '{files[0]}': {first_line(error)}") from error
 
 
 def image_column(schema: Any, spec: str) -> str:
@@ -213,18 +225,23 @@ def image_column(schema: Any, spec: str) -> str:
 
 
 def label_columns(table: Any) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """Every integer column is a task; class names come from the Hugging Face metadata, or are the numbers."""
+    """Integer columns with class names in the Hugging Face metadata, or called a label, are tasks.
+
+    A column with negative numbers, the hub's "unlabelled", is none.
+    """
     import pyarrow as pa
 
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
+    try:
+        features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        features = {}
     labels, classes = {}, {}
     for field in table.schema:
         if pa.types.is_integer(field.type) and table.column(field.name).null_count == 0:
             values = table.column(field.name).to_numpy().astype(np.int64)
             names = features.get(field.name, {}).get("names")
-            if names is None and (len(values) == 0 or values.min() < 0 or values.max() >= len(values)):
-                continue  # an identifier, not a class
+            if len(values) == 0 or values.min() < 0 or (names is None and field.name not in LABELS):
+                continue
             labels[field.name] = values
             classes[field.name] = [str(n) for n in names or range(int(values.max()) + 1)]
     return labels, classes
@@ -240,7 +257,7 @@ def from_hub(rest: str) -> ParquetSource:
     try:
         dataset = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # its loader raises many kinds; all mean that this spec cannot be had
-        raise UserError(f"data 'hf:{rest}': {str(error).splitlines()[0] or type(error).__name__}") from error
+        raise UserError(f"data 'hf:{rest}': {first_line(error)}") from error
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -268,13 +285,9 @@ class Shards(Source):
         if not self.entries:
             raise UserError(f"data '{spec}': no images in these shards (looked for {', '.join(sorted(EXTENSIONS))})")
         self.labels, self.classes = {}, {}
-        if all(label is not None for label in found):
+        if all(label is not None and label >= 0 for label in found):
             self.labels["label"] = np.array(found, dtype=np.int64)
             self.classes["label"] = [str(i) for i in range(int(self.labels["label"].max()) + 1)]
-        self._open: dict[int, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -282,10 +295,8 @@ class Shards(Source):
     def read(self, index: int) -> bytes:
         shard, offset, size, _ = self.entries[index]
         if "://" not in self.urls[shard]:
-            key = (os.getpid() << 20) + shard  # a forked worker must not share a file position
-            if key not in self._open:
-                self._open[key] = os.open(self.urls[shard], os.O_RDONLY)
-            return os.pread(self._open[key], size, offset)
+            with open(self.urls[shard], "rb", buffering=0) as local:
+                return os.pread(local.fileno(), size, offset)
         import fsspec
 
         with fsspec.open(self.urls[shard], "rb", cache_type="none") as file:
@@ -316,7 +327,10 @@ def index_tar(url: str) -> list[tuple[str, tuple[int, int], int | None]]:
                 elif ending in ("cls", "json"):
                     content = tar.extractfile(member)
                     assert content is not None
-                    value = json.loads(content.read())
+                    try:
+                        value = json.loads(content.read())
+                    except ValueError:
+                        continue  # a class by name, or damage: no number
                     value = value.get("label") if isinstance(value, dict) else value
                     if isinstance(value, int):
                         labels[key] = value
@@ -333,6 +347,8 @@ def expand_braces(spec: str) -> list[str]:
     inner = match.group(1)
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         first, last = bounds.groups()
+        if int(first) > int(last):
+            raise UserError(f"data '{spec}': the range {{{inner}}} runs backwards")
         options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
     else:
         options = inner.split(",")
@@ -344,7 +360,8 @@ def expand_local(spec: str) -> list[str]:
     """A local path or glob to existing files, sorted; URLs pass through."""
     if "://" in spec:
         return [spec]
-    files = sorted(glob.glob(os.path.expanduser(spec)))
+    path = os.path.expanduser(spec)
+    files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
     if not files:
         raise UserError(f"data '{spec}': no such file")
     return files
@@ -361,18 +378,17 @@ class TorchvisionSource(Source):
 
         name, _, split = rest.partition(":")
         if not hasattr(library, name):
-            from openjepa.errors import nearest
-
             raise UserError(f"data 'torchvision:{rest}': no such data set{nearest(name, library.__all__)}")
-        which = {"train": split != "test"} if name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST") else {
-            "split": split or "train"
-        }  # fmt: skip
+        kind = getattr(library, name)
+        which: dict[str, Any] = {"split": split or "train"}
+        if "train" in inspect.signature(kind).parameters:
+            if split not in ("", "train", "test"):
+                raise UserError(f"data 'torchvision:{rest}': {name} has the splits train and test")
+            which = {"train": split != "test"}
         try:
-            self.data = getattr(library, name)(root=str(cache_folder() / "torchvision"), download=True, **which)
+            self.data = kind(root=str(cache_folder() / "torchvision"), download=True, **which)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"data 'torchvision:{rest}': {str(error).splitlines()[0] or type(error).__name__}"
-            ) from error
+            raise UserError(f"data 'torchvision:{rest}': {first_line(error)}") from error
         self.spec = rest
         targets = next((getattr(self.data, n) for n in ("targets", "_labels", "labels") if hasattr(self.data, n)), None)
         self.labels, self.classes = {}, {}
@@ -395,5 +411,8 @@ class TorchvisionSource(Source):
 def cache_folder() -> Path:
     """Where derived files may lie: $OPENJEPA_CACHE, or ~/.cache/openjepa."""
     folder = Path(os.environ.get("OPENJEPA_CACHE", "~/.cache/openjepa")).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {folder} ({error.strerror}): set OPENJEPA_CACHE") from error
     return folder

@@ -6,6 +6,7 @@ the same. Slot g of the run is the g-th image it trains on; its crop and masks d
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
 from openjepa.data.decode import BadImage
 from openjepa.data.sources import Source
-from openjepa.errors import UserError
+from openjepa.errors import UserError, first_line
 from openjepa.masking import Grid, MaskingConfig, Masks, sample
 from openjepa.rng import Draws, permutation
 
@@ -39,7 +40,7 @@ class DataConfig:
             raise UserError(f"data.batch_size is {self.batch_size}: it must be at least 1")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"data.max_bad is {self.max_bad}: a share is between 0 and 1")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        if not self.std or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise UserError("data.mean and data.std need one number a channel, std above 0")
 
 
@@ -126,8 +127,10 @@ class Steps(Dataset[Batch | UserError]):
             index = int(order[(place + k) % len(order)])
             try:
                 return augment(self.source.read(index), self.augment, self.image_size, self.channels, numbers)
-            except (BadImage, OSError) as error:
-                bad.append(Bad(index, self.source.name(index), str(error)))
+            except (BadImage, FileNotFoundError, PermissionError) as error:
+                bad.append(Bad(index, self.source.name(index), first_line(error)))
+            except OSError as error:  # the disk or the network, not the image
+                raise UserError(f"cannot read {self.source.name(index)}: {first_line(error)}") from error
         raise UserError(f"{len(bad)} images in a row cannot be read, the last {bad[-1].name}: {bad[-1].reason}")
 
 
@@ -140,6 +143,9 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
     """The batches of steps start to end - 1, in order. Raises the UserError that making one met."""
+    if workers:
+        with contextlib.suppress(OSError):
+            steps.source.read(0)  # what a source makes on first use is made once, not by every worker
     loader = DataLoader(
         steps,
         sampler=range(start, end),
@@ -148,7 +154,7 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
         prefetch_factor=2 if workers else None,
         collate_fn=_same,  # type: ignore[arg-type]
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -160,6 +166,7 @@ def _same(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone decides what it means."""
+def _ignore_signals(worker: int) -> None:
+    """Signals reach the whole process group; the main process alone decides what they mean."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,42 +36,34 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     def state(self) -> dict[str, Any]:
-        with self._reading("state.json") as file:
+        with reading(self.path / "state.json") as file:
             loaded: dict[str, Any] = json.loads(file.read_text())
             return loaded
 
     def weights(self) -> dict[str, Tensor]:
-        with self._reading("weights.safetensors") as file:
+        with reading(self.path / "weights.safetensors") as file:
             return load_file(file)
 
     def optimizer(self) -> dict[str, Tensor]:
-        with self._reading("optimizer.safetensors") as file:
+        with reading(self.path / "optimizer.safetensors") as file:
             return load_file(file)
 
-    def _reading(self, name: str) -> _Reading:
-        return _Reading(self.path / name)
 
-
-class _Reading:
+@contextmanager
+def reading(file: Path) -> Iterator[Path]:
     """Turns whatever a damaged file raises into one line that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> Path:
-        return self.file
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | ValueError | SafetensorError):
-            raise UserError(
-                f"checkpoint {self.file.parent} is damaged ({self.file.name}: {error}): "
-                "move it away to go on from the one before"
-            ) from error
+    try:
+        yield file
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {file.parent} is damaged ({file.name}: {error}): move it away to go on from the one before"
+        ) from error
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    return [Checkpoint(p) for p in sorted((run / "checkpoints").glob("step-[0-9]*")) if p.suffix != ".part"]
+    found = sorted((run / "checkpoints").glob("step-*"))
+    return [Checkpoint(path) for path in found if re.fullmatch(r"step-\d+", path.name)]
 
 
 def save(run: Path, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int) -> None:

@@ -6,11 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from openjepa.errors import UserError
+from openjepa.errors import UserError, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,19 +21,22 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"machine.device '{name}' cannot be used here ({reason}): try cpu or auto") from error
     return device
 
 
-def pick_precision(precision: str, device: torch.device) -> str:
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def pick_precision(precision: Precision, device: torch.device) -> Precision:
     """What `auto` means on this device: bf16 where it is the faster, else fp32. Others are returned as they are."""
     if precision != "auto":
         return precision
     return "bf16" if has_fast_bf16(device) else "fp32"
 
 
-def pick_autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def pick_autocast(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 autocast, or nothing. precision: auto, bf16 or fp32."""
     if pick_precision(precision, device) == "fp32":
         return contextlib.nullcontext

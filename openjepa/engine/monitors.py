@@ -46,7 +46,8 @@ def feature_statistics(features: Tensor) -> dict[str, float]:
     pooled = torch.nn.functional.normalize(features.mean(1), dim=-1)  # B D
     b = len(pooled)
     cosine = (pooled.sum(0).square().sum() - b) / max(1, b * (b - 1))
-    centred = (features - features.mean(0)).flatten(0, 1)[:TOKENS]
+    centred = (features - features.mean(0)).flatten(0, 1)
+    centred = centred[:: -(-len(centred) // TOKENS)]  # of all images
     return {
         "feature_std": features.std(0, correction=0).mean().item(),
         "feature_rank": effective_rank(centred).item(),
@@ -77,8 +78,10 @@ def token_counts(masks: Masks) -> dict[str, float]:
     return {"context_tokens": float(context), "target_tokens": float(masks.targets.shape[1] * masks.targets.shape[2])}
 
 
-def collapse_warning(statistics: dict[str, float], width: int) -> str | None:
-    """A plain sentence when the target features say less and less about the image."""
+def collapse_warning(statistics: dict[str, float], images: int, width: int) -> str | None:
+    """A plain sentence when the target features say less and less about the image; fewer than eight tell nothing."""
+    if images < 8:
+        return None
     if statistics["feature_std"] > 0.1 and statistics["feature_rank"] > 0.05 * width:
         return None
     return (
@@ -157,18 +160,18 @@ class Watch:
             f"{values['images_per_s']:.0f} images/s  {clock(left)} left"
         )
         self.run.log(step, values, line)
-        warning = collapse_warning(statistics, features.shape[-1])
+        warning = collapse_warning(statistics, len(features), features.shape[-1])
         if warning and not self._warned and step > self.schedule.warmup:
             self.run.warn(warning)
         self._warned = self._warned or bool(warning and step > self.schedule.warmup)
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def refuse_nonfinite(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Raises UserError: nothing that is not finite is ever trained on or saved for long."""
+        """Raises UserError, at every log line and before every checkpoint: what is saved is always finite."""
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise UserError(
                 f"the loss or its gradient is not finite at step {step} (loss {loss.item():g}): the last checkpoint is intact; "
-                "lower optim.lr, set optim.clip_norm 1, or precision fp32"
+                "begin again in another --out with a lower optim.lr, optim.clip_norm 1, or precision fp32"
             )
 
 

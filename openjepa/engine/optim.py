@@ -35,6 +35,11 @@ class OptimConfig:
         for name in ("start_lr", "final_lr", "weight_decay", "final_weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"optim.{name} is {getattr(self, name)}: it must not be negative")
+        if self.start_lr > self.lr or self.final_lr > self.lr:
+            raise UserError(
+                f"optim.lr ({self.lr:g}) is the highest rate: optim.start_lr ({self.start_lr:g}) and optim.final_lr "
+                f"({self.final_lr:g}) must not be above it"
+            )
         if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0:
             raise UserError("optim.betas must be in [0, 1) and optim.eps above 0")
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -14,10 +14,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main() -> bool:
-    return rank() == 0
-
-
 def mean(values: Tensor) -> Tensor:
     """The mean over all ranks."""
     if dist.is_initialized():

@@ -10,13 +10,13 @@ RUN/checkpoints/         see checkpoint.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -60,8 +60,8 @@ class Interrupted(Exception):
 class Run:
     """Use as a context manager: signals then mean "finish the step, write a checkpoint, stop"."""
 
-    def __init__(self, path: Path, total_steps: int, keep: int, console: Console) -> None:
-        self.path, self.total, self.keep, self.console = path, total_steps, keep, console
+    def __init__(self, path: Path, keep: int, console: Console) -> None:
+        self.path, self.keep, self.console = path, keep, console
         found = checkpoint.checkpoints(path)
         self.resumed: Checkpoint | None = found[-1] if found else None
         self.step = self.resumed.step if self.resumed else 0
@@ -71,7 +71,6 @@ class Run:
         self._board: Any = None
         self._wandb: Any = None
         self._handlers: dict[int, Any] = {}
-        self._began = time.monotonic()
 
     def __enter__(self) -> Run:
         self._trim_metrics()
@@ -102,10 +101,8 @@ class Run:
         """Forget what was logged after the checkpoint that we go on from."""
         file = self.path / "metrics.jsonl"
         if file.exists():
-            kept = [line for line in file.read_text().splitlines() if _step_of(line) <= self.step]
-            part = file.with_suffix(".part")
-            part.write_text("".join(line + "\n" for line in kept))
-            part.rename(file)
+            kept = [record for record in read_metrics(self.path) if record["step"] <= self.step]
+            write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def open_boards(self, wandb_project: str | None) -> None:
         """TensorBoard, and Weights & Biases when asked for."""
@@ -131,10 +128,10 @@ class Run:
         if self._wandb:
             self._wandb.log(values, step=step)
         if line:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"warning: {message}", style="yellow", highlight=False, soft_wrap=True)
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def note_bad(self, bad: list[Bad], limit: float, images: int) -> None:
         """Count and name unreadable images; stop when they are too many.
@@ -145,8 +142,8 @@ class Run:
         if not new:
             return
         self.bad |= new
-        with open(self.path / "bad_images.txt", "a") as file:
-            file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
+        lines = [f"{name}\t{reason}\n" for name, reason in self.bad.items()]
+        (self.path / "bad_images.txt").write_text("".join(lines))
         for name, reason in new.items():
             self.warn(f"unreadable image {name} ({reason}); the next one takes its place")
         if len(self.bad) > limit * images:
@@ -162,11 +159,20 @@ class Run:
         self.step = step
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-        return float("inf")
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.rename(file)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged, less the torn last line of a killed one."""
+    records = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            records.append(json.loads(line))
+    return records
 
 
 def environment() -> dict[str, str | int]:

@@ -16,6 +16,8 @@ from openjepa.data.sources import Source
 from openjepa.errors import UserError
 from openjepa.models.vit import ViT
 
+PIXELS = 64  # longer side of the raw-pixel control: a probe on more has more weights than data sets have images
+
 
 class Images(Dataset[Tensor]):
     """Some images of a source, cropped centrally to the model's size, in order. Items: uint8 [channels, H, W]."""
@@ -69,5 +71,8 @@ def extract(
 
 
 def raw_pixels(images: Images) -> Tensor:
-    """The control that any representation should beat: the image itself, at the encoder's input size. [n, 1, D]."""
+    """The control that any representation should beat: the image itself, 64 pixels a side at most. [n, 1, D]."""
+    shrink = max(1.0, max(images.size) / PIXELS)
+    height, width = (round(side / shrink) for side in images.size)
+    images = Images(images.source, images.indices, (height, width), images.channels)
     return torch.stack([images[i].float().flatten() / 255 for i in range(len(images))])[:, None]

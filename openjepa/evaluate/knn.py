@@ -23,7 +23,8 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, ks:
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
     for part in queries.split(chunk):
         similarity, index = (part @ bank.T).topk(max(ks), dim=-1)
-        votes = F.one_hot(labels[index], classes) * (similarity / temperature).exp().unsqueeze(-1)  # [m, k, classes]
+        weights, voted = (similarity / temperature).exp(), labels[index]  # [m, k]
         for k in ks:
-            parts[k].append(votes[:, :k].sum(1).argmax(-1))
+            votes = weights.new_zeros(len(part), classes).scatter_add(1, voted[:, :k], weights[:, :k])
+            parts[k].append(votes.argmax(-1))
     return {k: torch.cat(predictions) for k, predictions in parts.items()}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openjepa.errors import UserError
 from openjepa.rng import permutation
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -44,6 +45,8 @@ class LinearResult:
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int,
                  seed: int = 0) -> LinearResult:  # fmt: skip
     """train [n, layers, D], test [m, layers, D]: pooled features, the last layer last. Labels int64."""
+    if len(train) < 2:
+        raise UserError("the linear probe needs two labelled training images or more")
     order = torch.from_numpy(permutation(seed, "probe validation", 0, len(train)))
     held = max(1, round(VALIDATION * len(train)))
     validation, fitting = order[:held], order[held:]

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from openjepa.data.sources import Source
-from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.device import Precision, pick_autocast, pick_device
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate.features import Images, extract, raw_pixels
 from openjepa.evaluate.knn import knn_predict
@@ -30,7 +30,7 @@ CONTROLS = ("random weights", "raw pixels")
 
 
 def evaluate(encoders: dict[str, Encoder], train: Source, test: Source, protocols: Sequence[str], device: str,
-             precision: str, console: Console) -> list[dict[str, Any]]:  # fmt: skip
+             precision: Precision, console: Console) -> list[dict[str, Any]]:  # fmt: skip
     """Score encoders, and raw pixels, on every task that train and test share.
 
     encoders: by the name they get in the results. Returns one record for each task, protocol and representation.
@@ -40,9 +40,11 @@ def evaluate(encoders: dict[str, Encoder], train: Source, test: Source, protocol
         if protocol not in PROTOCOLS:
             choices = ", ".join(PROTOCOLS)
             raise UserError(f"unknown protocol '{protocol}': one of {choices}{nearest(protocol, PROTOCOLS)}")
-    tasks = [task for task in train.labels if task in test.labels]
+    tasks = [task for task in train.labels if task in test.labels and len(train.classes[task]) > 1]
     if not tasks:
-        raise UserError("evaluation needs labels in both sets: sub-folders as classes, or a label column")
+        raise UserError(
+            "evaluation needs labels in both sets, of two classes or more: sub-folders as classes, or a label column"
+        )
     labels = {task: (torch.from_numpy(train.labels[task]), matched_labels(train, test, task)) for task in tasks}
     where = pick_device(device)
     autocast = pick_autocast(precision, where)

@@ -19,7 +19,6 @@ from openjepa.models.layers import (
     initialise,
     interpolate_positions,
     sincos_positions,
-    take,
 )
 
 # width, depth, heads, mlp ratio
@@ -57,12 +56,14 @@ class ViTConfig:
             raise UserError(
                 f"model.size '{self.size}' is unknown: one of {', '.join(SIZES)}{nearest(self.size, SIZES)}"
             )
-        for name, value in zip(("width", "depth", "heads", "mlp_ratio"), SIZES[self.size], strict=True):
+        for name, value in self.implied().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be above 0")
         height, width = self.image_size
+        if min(height, width) < 1:
+            raise UserError(f"model.image_size is {height}x{width}: both sides must be at least 1")
         if self.patch_size < 1 or height % self.patch_size or width % self.patch_size:
             raise UserError(
                 f"model.patch_size {self.patch_size} does not divide the image of {height}x{width} pixels: "
@@ -72,6 +73,10 @@ class ViTConfig:
             raise UserError(f"model.width {self.dim} must be divisible by model.heads ({self.n_heads}) and by 4")
         if self.channels < 1 or self.registers < 0 or not 0 <= self.drop_path < 1:
             raise UserError("model: channels must be at least 1, registers at least 0, drop_path in [0, 1)")
+
+    def implied(self) -> dict[str, float]:
+        """The width, depth, heads and mlp_ratio that the size stands for."""
+        return dict(zip(("width", "depth", "heads", "mlp_ratio"), SIZES[self.size], strict=True))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -167,11 +172,3 @@ class ViT(nn.Module):
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {p}")
         positions = self.get_buffer("positions")
         return interpolate_positions(positions, self.config.grid, (height // p, width // p))
-
-
-def mean_pool(patches: Tensor) -> Tensor:
-    """[B, N, D] to [B, D]: what I-JEPA, without class token, hands to linear probes."""
-    return patches.mean(1)
-
-
-__all__ = ["SIZES", "ViT", "ViTConfig", "mean_pool", "take"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +10,6 @@ from rich.console import Console
 from openjepa.recipes.evaluation import evaluate_run
 from openjepa.recipes.ijepa import ijepa_scenes
 from openjepa.recipes.pretrain import pretrain
-from openjepa.recipes.recipe import override
 from openjepa.recipes.report import report
 
 TRAIN = "scenes:8000"  # without labels
@@ -18,10 +18,10 @@ LABELLED, TEST = "scenes:2000", "scenes:8000-10000"  # labels are scarce: that i
 
 def demo(out: Path, seed: int, console: Console) -> None:
     """Pretrain, evaluate the four tasks against both controls, write OUT/report.html."""
-    recipe = override(ijepa_scenes(), {"seed": str(seed)})
+    recipe = replace(ijepa_scenes(), seed=seed)
     console.print(f"pretraining on {TRAIN}: rendered scenes of 3 to 10 objects; nothing is downloaded", highlight=False)
     pretrain(recipe, TRAIN, out, console)
-    evaluate_run(out, LABELLED, TEST, ["knn", "linear"], "target_encoder", console)
+    evaluate_run(out, LABELLED, TEST, ["knn", "linear"], "target_encoder", "auto", console)
     page = report(out)
     console.print(
         f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_cifar10_cpu --data YOUR_IMAGES --out runs/first",

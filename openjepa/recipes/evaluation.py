@@ -16,13 +16,14 @@ from openjepa.evaluate import suite
 from openjepa.recipes.pretrain import load, random_encoder, saved_recipe
 
 
-def evaluate_run(run: Path, train: str, test: str, protocols: Sequence[str], network: str, console: Console) -> None:
+def evaluate_run(run: Path, train: str, test: str, protocols: Sequence[str], network: str, device: str,
+                 console: Console) -> None:  # fmt: skip
     """Score a run's newest checkpoint, print the table, write evaluation.json. Raises UserError."""
     start = time.perf_counter()
     recipe = saved_recipe(run)
     encoders = {"pretrained": load(run, network), "random weights": random_encoder(recipe)}
     sources = open_source(train, recipe.model.image_size), open_source(test, recipe.model.image_size)
-    results = suite.evaluate(encoders, *sources, protocols, recipe.machine.device, recipe.precision, console)
+    results = suite.evaluate(encoders, *sources, protocols, device, recipe.precision, console)
     seconds = time.perf_counter() - start
     step = checkpoints(run)[-1].step
     suite.write(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -19,7 +19,7 @@ from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device, pick_precision
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
-from openjepa.engine.run import Run
+from openjepa.engine.run import Run, write_whole
 from openjepa.engine.train import train
 from openjepa.errors import UserError
 from openjepa.evaluate.features import Images, extract
@@ -27,15 +27,18 @@ from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
-from openjepa.recipes.recipe import Recipe, differences, from_dict, override, to_yaml
+from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.rng import key, permutation
 
+BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part")  # what a start that was killed at once leaves
 
-def pretrain(recipe: Recipe, data: str, out: Path, console: Console) -> IJEPA:
+
+def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> IJEPA:
     """Pretrain, or go on with what `out` holds.
 
-    Raises UserError for another recipe or other data in `out`, and Interrupted after Ctrl-C.
+    console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after Ctrl-C.
     """
+    out, console = Path(out), console or Console()
     device = pick_device(recipe.machine.device)
     recipe = settled(recipe, out, device)
     source = open_source(data, recipe.model.image_size)
@@ -43,7 +46,7 @@ def pretrain(recipe: Recipe, data: str, out: Path, console: Console) -> IJEPA:
     method = build(recipe).to(device)
     optimizer = build_optimizer(method, recipe.optim)
     prepare(out, recipe, data, source)
-    run = Run(out, schedule.steps, recipe.machine.keep, console)
+    run = Run(out, recipe.machine.keep, console)
     if run.resumed:
         checkpoint.restore(run.resumed, method, optimizer)
         console.print(f"going on from step {run.step} of {schedule.steps} in {out}", highlight=False)
@@ -94,7 +97,7 @@ def settled(recipe: Recipe, out: Path, device: torch.device) -> Recipe:
         return recipe
     begun = (out / "recipe.yaml").exists()
     precision = saved_recipe(out).precision if begun else pick_precision("auto", device)
-    return override(recipe, {"precision": precision})
+    return replace(recipe, precision=precision)
 
 
 def build(recipe: Recipe) -> IJEPA:
@@ -116,12 +119,12 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
                 f"{out} was made from other images ({saved['data']}, {saved['images']} images): now {data} has {len(source)} "
                 "images and other contents; choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(f.name not in BEGINNINGS for f in out.iterdir())):
         raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "data.json").write_text(json.dumps(about, indent=1) + "\n")
-        (out / "recipe.yaml").write_text(to_yaml(recipe))
+        write_whole(out / "data.json", json.dumps(about, indent=1) + "\n")
+        write_whole(out / "recipe.yaml", to_yaml(recipe))  # last: with it a folder is a run
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -170,7 +173,8 @@ def online_knn(
     source: Source, recipe: Recipe, encoder: ViT, normalise: Normalise, autocast: Callable[..., Any]
 ) -> Callable[[], dict[str, float]] | None:
     """Accuracy of 20 nearest neighbours on held-apart training images, for each task; None without labels."""
-    if not source.labels or not recipe.monitors.knn_every:
+    tasks = [task for task, classes in source.classes.items() if len(classes) > 1]
+    if not tasks or not recipe.monitors.knn_every:
         return None
     chosen = permutation(recipe.seed, "online knn", 0, len(source))[: recipe.monitors.knn_images]
     cut = max(1, len(chosen) // 5)
@@ -179,8 +183,8 @@ def online_knn(
     def knn() -> dict[str, float]:
         features = extract(encoder, images, normalise, autocast, layers=1)[:, -1]
         scores = {}
-        for task, all_labels in source.labels.items():
-            labels = torch.from_numpy(all_labels[chosen].astype(np.int64))
+        for task in tasks:
+            labels = torch.from_numpy(source.labels[task][chosen])
             classes = len(source.classes[task])
             predicted = knn_predict(features[cut:], labels[cut:], features[:cut], classes, ks=(20,))
             name = "knn_accuracy" if task == "label" else f"knn_accuracy_{task}"

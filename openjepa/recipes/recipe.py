@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from openjepa import masking
 from openjepa.data.augment import AugmentConfig
 from openjepa.data.decode import MODES
 from openjepa.data.stream import DataConfig
+from openjepa.engine.device import Precision
 from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
 from openjepa.engine.run import MachineConfig
@@ -34,7 +37,7 @@ class Recipe:
 
     method: Literal["ijepa"] = "ijepa"
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it fast
+    precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -47,6 +50,8 @@ class Recipe:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        if self.loss.regularised and self.data.batch_size < 2 * self.optim.accumulate:
+            raise UserError("loss.variance and loss.covariance need parts of 2 images or more: lower optim.accumulate")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must not be negative")
         if self.data.batch_size % self.optim.accumulate:
@@ -72,7 +77,10 @@ class Recipe:
 def to_dict(value: Any) -> Any:
     """Dataclasses to plain dictionaries and lists, as YAML has them."""
     if is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        result = {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        if isinstance(value, ViTConfig):  # what the size implies is left to it, so that changing the size changes it
+            result |= {name: None for name, implied in value.implied().items() if result[name] == implied}
+        return result
     return [to_dict(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -144,12 +152,12 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         kinds = args[:1] * len(value) if size is None else args
         return tuple(convert(k, v, where) for k, v in zip(kinds, value, strict=True))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}: expected a finite number")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise UserError(f"{where} is {value!r}: expected {'true or false' if hint is bool else hint.__name__}")
@@ -163,6 +171,8 @@ def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--{path}: {part} was given a value of its own")
         try:
             node[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:

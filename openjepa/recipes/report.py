@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openjepa.data.sources import Source, open_source
+from openjepa.engine.run import read_metrics
 from openjepa.evaluate.features import Images
 from openjepa.masking import sample
 from openjepa.recipes.pretrain import load, random_encoder, saved_data, saved_recipe
@@ -29,13 +30,12 @@ def report(run: Path) -> Path:
     encoder, control = load(run), random_encoder(recipe)
     source = open_source(data["data"], recipe.model.image_size)
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    results = evaluation(run)
+    metrics, evaluated = read_metrics(run), evaluation(run)
     sections = []
-    if results:
-        text = (
-            "The pretrained target encoder, the same network with random weights, and raw pixels, on held-out images."
-        )
+    if evaluated:
+        results = evaluated["results"]
+        network = evaluated["network"].replace("_", " ")
+        text = f"The pretrained {network}, the same network with random weights, and raw pixels, on held-out images."
         sections.append(Section("What it is worth", text, figures.scores_figure(results), scores_table(results)))
     masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
     sections += [
@@ -45,12 +45,14 @@ def report(run: Path) -> Path:
             "encoder's features of each coloured block.",
             figures.masks_figure(images[:SHOWN], masks, recipe.model.grid),
         ),
-        Section(
-            "How training went",
+    ]
+    if metrics:
+        text = (
             "The loss alone says little: features that stop telling images apart also make it fall. "
-            "Spread and rank must stay away from zero.",
-            figures.curves_figure(metrics),
-        ),
+            "Spread and rank must stay away from zero."
+        )
+        sections.append(Section("How training went", text, figures.curves_figure(metrics)))
+    sections += [
         Section(
             "What patches look alike",
             "The three principal directions of the patch features as red, green and blue, the same for all images.",
@@ -79,13 +81,11 @@ def some_images(source: Source, size: tuple[int, int], channels: int, seed: int)
     return torch.stack([images[i] for i in range(len(images))])
 
 
-def evaluation(run: Path) -> list[dict[str, Any]]:
-    """The records of RUN/evaluation.json, or none."""
+def evaluation(run: Path) -> dict[str, Any]:
+    """What RUN/evaluation.json holds, or nothing."""
     file = run / "evaluation.json"
-    if not file.exists():
-        return []
-    results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-    return results
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 def pretty(value: Any) -> str:
