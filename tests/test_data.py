@@ -52,6 +52,52 @@ def test_grey_palette_cmyk_alpha_and_sixteen_bits():
     assert whole(encoded(RED, "PNG"), channels=1).shape == (8, 8, 1)
 
 
+def test_a_dark_part_of_a_sixteen_bit_image_stays_dark():
+    values = np.full((8, 8), 200, dtype=np.uint16)
+    values[0, 0] = 60_000
+    raw = encoded(Image.fromarray(values), "PNG")
+    dark = decode(raw, lambda w, h: (4, 4, 8, 8), (4, 4), 1)
+    assert (dark == whole(raw, channels=1)[4:, 4:]).all()
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_does_not_exist_changes_nothing(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(RED.crop((0, 0, 8, 4)), "PNG", exif=exif)
+    seen = []
+    decode(raw, lambda w, h: seen.append((w, h)) or (0, 0, w, h), (4, 8))
+    assert seen == [(8, 4)]
+
+
+def test_tiff_and_png_turn_alike():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        size = (8, 16) if orientation < 5 else (16, 8)
+        png, tiff = (whole(encoded(image, kind, exif=exif), size) for kind in ("PNG", "TIFF"))
+        assert np.array_equal(png, tiff), orientation
+
+
+def test_bytes_changed_at_random_never_raise_anything_but_bad_image():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    good = encoded(Image.new("RGB", (40, 30), "teal"), "JPEG", exif=exif)
+    rng = np.random.default_rng(0)
+    reasons = []
+    for _ in range(1500):
+        raw = bytearray(good)
+        for place in rng.integers(0, len(raw) if rng.random() < 0.5 else 120, 3):
+            raw[place] = rng.integers(0, 256)
+        try:
+            whole(bytes(raw))
+        except BadImage as error:
+            reasons.append(str(error))
+    assert len(reasons) > 100
+    assert not any("\n" in reason for reason in reasons)
+
+
 def test_exif_orientation_is_obeyed():
     image = Image.new("RGB", (16, 8), "black")
     image.paste("white", (0, 0, 8, 8))
@@ -108,6 +154,15 @@ def test_crops_stay_inside_and_cover_the_range():
         shares.append((right - left) * (bottom - top) / 60_000)
     assert 0.29 < min(shares) < 0.32
     assert max(shares) > 0.85  # a 3:2 image holds no 4:3 crop larger than 8/9
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (448, 448), (96, 160)])
+def test_central_crops_never_leave_the_image(size):
+    for side in range(1, 700):
+        for width, height in ((side, side), (640, side), (side, 333)):
+            left, top, right, bottom = centre_crop(width, height, size)
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
 
 
 def test_extreme_shapes_still_crop():
@@ -218,6 +273,83 @@ def test_bad_images_are_named_and_replaced(folder, tmp_path):
     assert all(b.images.shape == (8, 3, 32, 32) for b in epoch)
 
 
+def test_a_link_to_nothing_is_a_bad_image(folder, tmp_path):
+    for i, file in enumerate(sorted(folder.rglob("*.png"))[:16]):
+        (tmp_path / f"{i:02}.png").write_bytes(file.read_bytes())
+    (tmp_path / "16.png").symlink_to(tmp_path / "nothing.png")
+    source = open_source(str(tmp_path))
+    assert source.fingerprint()
+    steps = steps_of(source, data=DataConfig(batch_size=17))
+    assert [b.name for b in steps.batch(0).bad] == ["16.png"]
+
+
+def test_a_disk_that_fails_is_not_a_bad_image(folder, monkeypatch):
+    source = open_source(str(folder))
+
+    def fail(index):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(source, "read", fail)
+    with pytest.raises(UserError, match="Input/output error"):
+        steps_of(source).batch(0)
+
+
+def test_shards_hold_no_file_open(three_sources):
+    import os
+
+    before = len(os.listdir("/dev/fd"))
+    assert three_sources[2].read(0)
+    assert three_sources[2].read(39)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_names_that_are_no_text_can_be_printed(tmp_path):
+    import os
+
+    with open(os.fsencode(str(tmp_path)) + b"/caf\xe9.png", "wb") as file:
+        file.write(encoded(RED, "PNG"))
+    source = open_source(str(tmp_path))
+    source.name(0).encode()
+    assert isinstance(whole(source.read(0)), np.ndarray)
+
+
+def test_only_labels_are_tasks(tmp_path):
+    image = pa.array([{"bytes": encoded(RED, "PNG"), "path": None}] * 4)
+    columns = {
+        "image": image,
+        "id": [0, 1, 2, 3],
+        "width": [3, 3, 2, 1],
+        "label": [0, 1, 1, 0],
+        "fine_label": [-1, 0, 0, 1],
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata({b"huggingface": b"{damaged"}), tmp_path / "x.parquet")
+    assert set(open_source(str(tmp_path / "x.parquet")).labels) == {"label"}
+
+
+def test_several_splits_in_one_folder_are_refused(three_sources, tmp_path):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}-00000-of-00001.parquet").write_bytes((tmp_path / "x.parquet").read_bytes())
+    with pytest.raises(UserError, match="several splits"):
+        open_source(str(folder))
+    assert len(open_source(str(folder / "train*.parquet"))) == 40
+
+
+def test_torchvision_splits_are_train_and_test(monkeypatch):
+    import torchvision
+
+    class Stub:
+        def __init__(self, root, train=True, download=False):
+            self.targets, self.classes = [int(train)] * 3, ["no", "yes"]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stub)
+    assert open_source("torchvision:CIFAR10").labels["label"][0] == 1
+    assert open_source("torchvision:CIFAR10:test").labels["label"][0] == 0
+    with pytest.raises(UserError, match="has the splits train and test"):
+        open_source("torchvision:CIFAR10:tset")
+
+
 def test_a_folder_of_nothing_but_damage_ends(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.jpg").write_text("no")
@@ -240,6 +372,7 @@ def test_a_worker_hands_on_the_users_mistake_in_one_line(tmp_path):
         ("{tmp}/empty", "no images in this folder"),
         ("{tmp}/x.parquet", "no such file"),
         ("{tmp}/s-{{0..3}}.tar", "no such file"),
+        ("{tmp}/s-{{3..0}}.tar", "runs backwards"),
         ("{tmp}/notes.txt", "of a kind that is not read"),
         ("{tmp}/bad.parquet", "bad.parquet"),
         ("{tmp}/bad.tar", "bad.tar"),

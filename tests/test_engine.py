@@ -20,6 +20,7 @@ from openjepa.engine.checkpoint import checkpoints
 from openjepa.errors import UserError
 from openjepa.recipes.pretrain import build, load, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override, to_yaml
+from openjepa.recipes.report import report
 
 QUIET = Console(quiet=True)
 
@@ -105,13 +106,14 @@ def test_killed_at_random_three_times_ends_in_the_same_bits(undisturbed, folder,
     assert strip[0] == strip[1]  # and the log has every step once
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, folder, tmp_path, number):
     recipe, reference = undisturbed
     run = tmp_path / "run"
     args = command(override(recipe, {"machine.workers": "1"}), folder, run, tmp_path / "recipe.yaml")
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_step(run, 9, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(process.pid, number)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
@@ -281,3 +283,43 @@ def test_the_saved_recipe_is_the_resolved_one(undisturbed):
 def test_packed_contexts_train(tiny, folder, tmp_path):
     pretrain(override(tiny, {"masking.context": "packed"}), str(folder), tmp_path / "run", QUIET)
     assert logged(tmp_path / "run")[-1]["step"] == 10
+
+
+@pytest.mark.parametrize("left", [(), ("data.json.part",), ("data.json",), ("data.json", "recipe.yaml.part")])
+def test_a_start_killed_at_once_is_begun_again(tiny, folder, tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in left:
+        (run / name).write_text("")
+    pretrain(tiny, str(folder), run, QUIET)
+    assert checkpoints(run)[-1].step == 10
+
+
+def test_a_checkpoint_moved_aside_is_no_checkpoint(tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    pretrain(override(tiny, {"machine.checkpoint_every": "0.4"}), str(folder), run, QUIET)
+    newest = checkpoints(run)[-1].path
+    newest.rename(newest.with_suffix(".bad"))
+    assert checkpoints(run)[-1].step < 10
+
+
+@pytest.mark.parametrize("log", ["", '{"step": 1, "loss": 1.0}\n{"step": 2, "lo'])
+def test_a_report_of_a_short_or_torn_log(tiny, folder, tmp_path, log):
+    run = tmp_path / "run"
+    pretrain(tiny, str(folder), run, QUIET)
+    (run / "metrics.jsonl").write_text(log)
+    assert "What images look alike" in report(run).read_text()
+
+
+def test_a_handful_of_images_with_odd_names_trains_and_reports(tiny, folder, tmp_path):
+    images = tmp_path / "images"
+    (images / "c[/b]").mkdir(parents=True)
+    for i, file in enumerate(sorted(folder.rglob("*.png"))[:4]):
+        (images / "c[/b]" / f"{i}.png").write_bytes(file.read_bytes())
+    (images / "c[/b]" / "4.png").write_text("no image")
+    recipe = override(tiny, {"data.batch_size": "5", "data.max_bad": "0.5"})
+    console = Console(record=True, width=200)
+    pretrain(recipe, str(images), tmp_path / "run", console)
+    assert "unreadable image c[/b]/4.png (not an image)" in console.export_text()
+    assert (tmp_path / "run/bad_images.txt").read_text() == "c[/b]/4.png\tnot an image\n"
+    assert report(tmp_path / "run").exists()

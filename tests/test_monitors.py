@@ -20,7 +20,19 @@ def test_features_that_differ_between_images_are_alive():
     assert statistics["feature_std"] > 0.8
     assert statistics["feature_rank"] > 15
     assert abs(statistics["feature_cosine"]) < 0.1
-    assert collapse_warning(statistics, 24) is None
+    assert collapse_warning(statistics, 32, 24) is None
+
+
+def test_a_handful_of_images_gives_no_false_alarm():
+    one = feature_statistics(torch.randn(1, 16, 24))
+    assert collapse_warning(one, 8, 24)
+    assert collapse_warning(one, 1, 24) is None
+
+
+def test_the_rank_is_taken_over_all_images():
+    first_half_dead = torch.randn(64, 64, 24)
+    first_half_dead[:32] = 0.01 * torch.randn(32, 64, 1)
+    assert feature_statistics(first_half_dead)["feature_rank"] > 15
 
 
 @pytest.mark.parametrize("kind", ["constant", "position only", "one direction"])

@@ -48,6 +48,14 @@ def test_recipes_survive_yaml(name):
         ({"masking.context": "packed", "model.registers": "2"}, "does not go with"),
         ({"seed": "-1"}, "seed"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"optim.lr": ".nan"}, "expected a finite number"),
+        ({"schedule.epochs": ".inf"}, "expected a finite number"),
+        ({"optim.lr": "1e-6"}, "is the highest rate"),
+        ({"optim": "3", "optim.lr": "1"}, "was given a value of its own"),
+        ({"data.std": "[]"}, "data.mean and data.std"),
+        ({"model.image_size": "-32"}, "at least 1"),
+        ({"masking.strategy": "rasterized", "masking.min_keep": "40"}, "a quadrant"),
+        ({"loss.variance": "1", "data.batch_size": "2", "optim.accumulate": "2"}, "parts of 2 images"),
     ],
 )
 def test_mistakes_are_refused_by_their_path(tiny, changes, says):
@@ -70,6 +78,12 @@ def test_overrides_change_what_they_name_and_nothing_else(tiny):
 def test_a_size_brings_its_own_width():
     recipe = override(RECIPES["ijepa_scenes"](), {"model.size": "S"})
     assert (recipe.model.width, recipe.model.depth, recipe.model.heads) == (384, 12, 6)
+
+
+def test_a_size_changed_in_yaml_brings_its_own_width():
+    values = to_dict(RECIPES["ijepa_vitb16"]())
+    values["model"]["size"] = "S"
+    assert from_dict(Recipe, values).model.width == 384
 
 
 def test_monitors_and_machine_change_no_result(tiny):
