@@ -262,6 +262,16 @@ def test_load_gives_the_target_encoder_and_says_so(undisturbed):
     assert torch.allclose(encoder(images), encoder(images.float() / 255), atol=1e-5)
 
 
+def test_a_checkpoint_folder_is_loaded_as_itself(tiny, folder, tmp_path):
+    run = tmp_path / "run"
+    pretrain(override(tiny, {"machine.checkpoint_every": "1"}), str(folder), run, QUIET)
+    older, newer = (load(found.path) for found in checkpoints(run))
+    assert torch.equal(newer.vit.norm.weight, load(run).vit.norm.weight)
+    assert not torch.equal(older.vit.norm.weight, newer.vit.norm.weight)
+    with pytest.raises(UserError, match="is not a run"):
+        load(run / "checkpoints" / "step-00000099")
+
+
 def test_metrics_hold_what_the_monitors_promise(undisturbed):
     _, run = undisturbed
     lines = logged(run)

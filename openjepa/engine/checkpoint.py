@@ -66,6 +66,21 @@ def checkpoints(run: Path) -> list[Checkpoint]:
     return [Checkpoint(path) for path in found if re.fullmatch(r"step-\d+", path.name)]
 
 
+def locate(path: Path) -> tuple[Path, Checkpoint]:
+    """The run and the checkpoint that a path names: a run's newest, or the very one of a checkpoint folder.
+
+    Raises UserError if there is none.
+    """
+    for found in checkpoints(path.parent.parent) if path.parent.name == "checkpoints" else []:
+        if found.path.name == path.name:
+            return path.parent.parent, found
+    if not (path / "recipe.yaml").exists():
+        raise UserError(f"{path} is not a run: it has no recipe.yaml")
+    if not (all_here := checkpoints(path)):
+        raise UserError(f"{path} has no checkpoint yet: run openjepa pretrain --out {path}")
+    return path, all_here[-1]
+
+
 def save(run: Path, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int) -> None:
     """Write a checkpoint and remove all but the newest `keep`.
 

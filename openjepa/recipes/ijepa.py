@@ -25,7 +25,7 @@ def ijepa_scenes() -> Recipe:
         data=DataConfig(batch_size=32),
         augment=AugmentConfig(crop_scale=(0.1, 0.7)),
         optim=OptimConfig(lr=7e-4, start_lr=1e-4, final_weight_decay=0.04),
-        schedule=ScheduleConfig(epochs=5, warmup_epochs=0.5, ema=(0.996, 1.0)),
+        schedule=ScheduleConfig(epochs=4.5, warmup_epochs=0.5, ema=(0.996, 1.0)),
         monitors=MonitorsConfig(log_every=100, knn_every=0),
     )
 

@@ -146,20 +146,17 @@ def saved_data(run: Path) -> dict[str, Any]:
 
 
 def load(run: str | Path, network: str = "target_encoder") -> Encoder:
-    """The encoder of a run's newest checkpoint, on the CPU, ready for inference.
+    """The encoder of a run's newest checkpoint, or of one checkpoint folder, on the CPU, ready for inference.
 
     network: target_encoder (what every evaluation uses) or encoder (the context encoder). Raises UserError.
     """
-    run = Path(run)
-    recipe = saved_recipe(run)
     if network not in ("target_encoder", "encoder"):
         raise UserError(f"network '{network}': one of target_encoder, encoder")
-    found = checkpoint.checkpoints(run)
-    if not found:
-        raise UserError(f"{run} has no checkpoint yet: run openjepa pretrain --out {run}")
-    weights = {k.removeprefix(f"{network}."): v for k, v in found[-1].weights().items() if k.startswith(f"{network}.")}
+    folder, found = checkpoint.locate(Path(run))
+    recipe = saved_recipe(folder)
+    weights = {k.removeprefix(f"{network}."): v for k, v in found.weights().items() if k.startswith(f"{network}.")}
     vit = ViT(recipe.model)
-    checkpoint.load_strict(vit, weights, str(found[-1].path))
+    checkpoint.load_strict(vit, weights, str(found.path))
     return Encoder(vit.eval().requires_grad_(False), Normalise(recipe.data.mean, recipe.data.std), network).eval()
 
 

@@ -35,7 +35,6 @@ CHANGES_NO_RESULT = ("monitors", "machine")  # may differ when a run goes on
 class Recipe:
     """One part for each place that reads it."""
 
-    method: Literal["ijepa"] = "ijepa"
     seed: int = 0
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
