@@ -1,0 +1,121 @@
+"""The parity claims: in float32 on a CPU this project computes what the released code computes, number by number."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from openjepa.data.stream import Batch, DataConfig
+from openjepa.engine.device import pick_autocast
+from openjepa.engine.monitors import MonitorsConfig, Watch
+from openjepa.engine.optim import OptimConfig, Schedule, ScheduleConfig, build_optimizer
+from openjepa.engine.run import Interrupted, Run
+from openjepa.engine.train import train
+from openjepa.masking import Masks
+from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+
+@dataclass
+class Golden:
+    """The released tiny run: its numbers, and our method with its first weights."""
+
+    about: dict
+    tensors: dict[str, Tensor]
+    method: IJEPA
+
+    def masks(self, step: int) -> Masks:
+        context, targets = self.tensors[f"step{step}.context"], self.tensors[f"step{step}.targets"]
+        return Masks(context[:, None], targets.transpose(0, 1))
+
+    def images(self, step: int = 0) -> Tensor:
+        return self.tensors[f"step{step}.images"]
+
+
+@pytest.fixture
+def run(golden: Path) -> Golden:
+    saved = torch.load(golden / "ijepa_tiny.pth.tar", weights_only=True)
+    config = ViTConfig(size="Ti", image_size=(64, 64), patch_size=8, width=96, depth=3, heads=3)
+    method = IJEPA(config, PredictorConfig(width=48, depth=2), LossConfig())
+    for name in ("encoder", "predictor", "target_encoder"):
+        weights = {own_name(k): v for k, v in saved[name].items()}
+        getattr(method, name).load_state_dict({k: v for k, v in weights.items() if "pos_embed" not in k})
+    about = json.loads((golden / "ijepa_tiny.json").read_text())
+    return Golden(about, load_file(golden / "ijepa_tiny.safetensors"), method)
+
+
+def own_name(released: str) -> str:
+    return released.removeprefix("module.").removeprefix("predictor_")
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest number."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def test_the_encoder_of_whole_images(run):
+    assert error(run.method.target_encoder(run.images()), run.tensors["step0.encoder_full"]) < 1e-5
+
+
+def test_the_encoder_of_visible_patches(run):
+    context, _, _ = run.method.encode_context(run.images(), run.masks(0), 0)
+    assert error(context, run.tensors["step0.encoder_context"]) < 1e-5
+
+
+def test_predictions_and_targets(run):
+    masks = run.masks(0)
+    context, visible, _ = run.method.encode_context(run.images(), masks, 0)
+    predictions = run.method.predictor(context, visible, masks.targets)
+    assert error(predictions.transpose(0, 1).flatten(0, 1), run.tensors["step0.predictions"]) < 1e-5
+    targets = run.method.targets(run.method.target_encoder_features(run.images()), masks)
+    assert error(targets.transpose(0, 1).flatten(0, 1), run.tensors["step0.target_features"]) < 1e-5
+
+
+def test_loss_and_every_gradient(run):
+    loss = run.method(run.images(), run.masks(0))["loss"]
+    assert loss.item() == pytest.approx(run.about["losses"][0], rel=1e-6)
+    loss.backward()
+    expected = {k.removeprefix("step0.grad."): v for k, v in run.tensors.items() if k.startswith("step0.grad.")}
+    seen = 0
+    for network in ("encoder", "predictor"):
+        gradients = {n: p.grad for n, p in getattr(run.method, network).named_parameters()}
+        for name, theirs in expected.items():
+            part, _, parameter = name.partition(".")
+            if part == network:
+                assert error(gradients[own_name(parameter)], theirs) < 1e-5, name
+                seen += 1
+    assert seen == len(expected) == sum(p.requires_grad for p in run.method.parameters())
+
+
+def test_ten_steps_of_our_engine(run, tmp_path):
+    about = run.about
+    optim = OptimConfig()  # the released values: lr 2e-4 to 1e-3 to 1e-6, weight decay 0.04 to 0.4
+    schedule = Schedule(optim, ScheduleConfig(epochs=about["epochs"], warmup_epochs=1, ema=(0.996, 1.0)), about["ipe"])
+    losses: list[float] = []
+    folder = Run(tmp_path, 1, Console(quiet=True))
+    batches = (Batch(run.images(step), run.masks(step)) for step in range(10))
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        out = run.method(batch.images, batch.masks)
+        losses.append(out["loss"].item())
+        folder.stopping = len(losses) == 10
+        return out
+
+    device = torch.device("cpu")
+    watch = Watch(folder, MonitorsConfig(), schedule, run.method, DataConfig(batch_size=6), 30, device, None)
+    optimizer, fp32 = build_optimizer(run.method, optim), pick_autocast("fp32", device)
+    with folder, pytest.raises(Interrupted):
+        train(run.method, batches, optimizer, schedule, folder, watch, forward=forward, autocast=fp32, save_every=10,
+              seed=0)  # fmt: skip
+    assert losses == pytest.approx(about["losses"], rel=1e-4)
+    final = {k.removeprefix("final."): v for k, v in run.tensors.items() if k.startswith("final.")}
+    for name, theirs in final.items():
+        network, _, parameter = name.partition(".")
+        if "pos_embed" not in parameter:
+            assert error(getattr(run.method, network).state_dict()[own_name(parameter)], theirs) < 1e-4, name
