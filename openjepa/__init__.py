@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "openjepa.recipes.pretrain",
+    "load": "openjepa.recipes.exchange",
     "pretrain": "openjepa.recipes.pretrain",
     "IJEPA": "openjepa.methods.ijepa",
     "Masks": "openjepa.masking",

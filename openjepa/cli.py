@@ -22,15 +22,10 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
     out = Path(args.out)
     known = out / "recipe.yaml"
-    if args.recipe and args.config:
-        raise UserError("give --recipe or --config, not both")
-    if args.recipe or args.config:
-        recipe = named(args.recipe) if args.recipe else read(Path(args.config))
-    elif known.exists():
-        recipe = saved_recipe(out)
-    else:
+    recipe = chosen(args) or (saved_recipe(out) if known.exists() else None)
+    if recipe is None:
         raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
-    data = args.data or (saved_data(out)["data"] if known.exists() else None)
+    data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
     if data is None:
         raise UserError(f"which images? give --data SPEC: {SPEC}")
     try:
@@ -52,6 +47,39 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     protocols = args.protocols.split(",")
     evaluate_run(Path(args.run), args.train, args.test, protocols, args.network, args.device, Console())
     print(f"next: openjepa report {args.run}")
+
+
+def import_(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.convert.names import Told
+    from openjepa.recipes.exchange import import_weights
+    from openjepa.recipes.recipe import Recipe, from_dict, override
+
+    values = pairs(rest)
+    told = from_dict(Told, {name: yaml_value(values.pop(f"model.{name}")) for name in ("heads", "image_size")
+                            if f"model.{name}" in values}, "model")  # fmt: skip
+    base = chosen(args) or Recipe()
+    given = bool(args.recipe or args.config)
+    recipe, step, notes = import_weights(args.source, Path(args.out), override(base, values), told, given)
+    model = recipe.model
+    size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
+    print(f"{args.out}: {size}, images of {model.image_size[0]}x{model.image_size[1]}, step {step}")
+    for note in notes:
+        print(f"note: {note}")
+    print(
+        f"next: openjepa evaluate {args.out} --train SPEC --test SPEC, or openjepa pretrain --out {args.out} --data SPEC"
+    )
+
+
+def export(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.convert.names import Told
+    from openjepa.recipes.exchange import export
+    from openjepa.recipes.recipe import from_dict
+
+    refuse(rest)
+    size = from_dict(Told, {"image_size": yaml_value(args.image_size)}, "--").image_size if args.image_size else None
+    line = export(args.source, args.format, Path(args.out), args.network, size)
+    what = "all networks and the optimiser" if args.format == "released" else args.network.replace("_", " ")
+    print(f"{what} written to {args.out}\nload: {line}")
 
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:
@@ -108,6 +136,8 @@ COMMANDS = {
     "demo": demo,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "import": import_,
+    "export": export,
     "report": report,
     "recipes": recipes,
     "bench": bench,
@@ -142,6 +172,24 @@ def parser() -> argparse.ArgumentParser:
 
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
 
+    p = commands.add_parser(
+        "import",
+        help="make a run of weights from elsewhere",
+        epilog="The shapes say the architecture; --model.heads N and --model.image_size H,W say what they cannot. Any other "
+        "value of the recipe is what training goes on with.",
+    )
+    p.add_argument("source", metavar="FILE", help="released *.pth.tar, Hugging Face or timm folder or file, or hf:NAME")
+    p.add_argument("--out", metavar="RUN", required=True)
+    p.add_argument("--recipe", metavar="NAME")
+    p.add_argument("--config", metavar="FILE.yaml", help="the recipe it was made with, ours or a released one")
+
+    p = commands.add_parser("export", help="write an encoder for other libraries")
+    p.add_argument("source", metavar="RUN")
+    p.add_argument("--format", required=True, metavar="FORMAT", help="hf, timm, onnx, safetensors or released")
+    p.add_argument("--out", metavar="DIR", required=True)
+    p.add_argument("--network", default="target_encoder", choices=("target_encoder", "encoder", "predictor"))
+    p.add_argument("--image-size", metavar="H,W", help="pixels, other than the run's: positions are interpolated")
+
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
     p.add_argument("run", metavar="RUN")
 
@@ -152,6 +200,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top
+
+
+def chosen(args: argparse.Namespace) -> Any:
+    """The recipe that --recipe or --config names, or None."""
+    if args.recipe and args.config:
+        raise UserError("give --recipe or --config, not both")
+    if args.recipe:
+        return named(args.recipe)
+    return read(Path(args.config)) if args.config else None
+
+
+def yaml_value(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(f"[{text}]" if "," in text and not text.startswith("[") else text)
 
 
 def named(name: str) -> Any:
@@ -165,10 +228,15 @@ def named(name: str) -> Any:
 def read(file: Path) -> Any:
     import yaml
 
+    from openjepa.convert import recipe as released
+    from openjepa.engine import parallel
     from openjepa.recipes.recipe import Recipe, from_dict
 
     try:
-        return from_dict(Recipe, yaml.safe_load(file.read_text()))
+        values = yaml.safe_load(file.read_text())
+        if released.is_released(values):
+            values = released.translate(values, parallel.world_size())
+        return from_dict(Recipe, values)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

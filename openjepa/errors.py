@@ -1,7 +1,8 @@
 """The one exception that a user's mistake raises."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -20,3 +21,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'lr'?` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of optional libraries: a UserError that says which extra of the package to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"this needs {error.name or 'a library'} that is not installed: pip install 'openjepa[{extra}]'"
+        ) from error

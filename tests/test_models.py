@@ -152,7 +152,7 @@ def test_other_image_sizes_are_encoded_and_odd_ones_refused():
 def test_the_last_intermediate_layer_is_the_output():
     vit = awake(ViT(tiny_config(class_token=True)))
     x = torch.randn(2, 3, 32, 24)
-    outputs = vit.intermediate(x, 2)
+    outputs = vit.intermediate(x, vit.last(2))
     assert len(outputs) == 2
     assert torch.equal(outputs[-1], vit(x))
 

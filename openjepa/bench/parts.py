@@ -76,7 +76,7 @@ def attention() -> Rows:
     return rows
 
 
-def context() -> Rows:
+def context(steps: int = 24, warmup: int = 4) -> Rows:
     """A training step with evened and with packed contexts, in turn: ViT 192 x 6, 8x8 grid, batch 64, on the CPU."""
     method = IJEPA(
         ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6),
@@ -88,7 +88,7 @@ def context() -> Rows:
     images = torch.randn(64, 3, 32, 32)
     times: dict[str, list[float]] = {"even": [], "packed": []}
     tokens: dict[str, list[float]] = {"even": [], "packed": []}
-    for step in range(24):
+    for step in range(steps):
         for kind in times:
             config = MaskingConfig(context=kind)  # type: ignore[arg-type]
             drawn = sample(config, (8, 8), 0, step, np.arange(64) + 64 * step)
@@ -99,7 +99,7 @@ def context() -> Rows:
             optimizer.step()
             optimizer.zero_grad()
             method.after_step(0.996)
-            if step >= 4:
+            if step >= warmup:
                 times[kind].append(time.perf_counter() - start)
                 tokens[kind].append(drawn.total / 64 if drawn.lengths is not None else drawn.context.shape[-1])
     return [

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openjepa.errors import UserError
+from openjepa.models.weights import load_strict
 
 
 @dataclass(frozen=True)
@@ -127,28 +128,14 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     saved = checkpoint.optimizer()
     for name, parameter in learning(method):
         entries = {k.rpartition("/")[2]: v for k, v in saved.items() if k.startswith(f"{name}/")}
+        if not entries and checkpoint.step == 0:  # imported weights that no step was taken on
+            continue
         if not entries:
             raise UserError(f"checkpoint {checkpoint.path} has no optimiser state for {name}")
         optimizer.state[parameter] = {
             k: v if k == "step" and parameter.device.type == "cpu" else v.to(parameter.device)
             for k, v in entries.items()
         }
-
-
-def load_strict(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Like load_state_dict, with one clear line for what is missing, extra or of another shape."""
-    own = module.state_dict()
-    problems = [f"missing {k}" for k in own if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in own]
-    problems += [
-        f"{k} is {list(weights[k].shape)}, expected {list(v.shape)}"
-        for k, v in own.items()
-        if k in weights and weights[k].shape != v.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{where} does not fit this model: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(weights)
 
 
 def learning(method: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -65,7 +65,7 @@ def extract(
     parts = []
     for batch in DataLoader(images, batch_size=batch_size):
         with autocast():
-            outputs = encoder.intermediate(normalise(batch.to(device)), layers)
+            outputs = encoder.intermediate(normalise(batch.to(device)), encoder.last(layers))
         parts.append(torch.stack([o.float().mean(1) for o in outputs], dim=1).cpu())
     return torch.cat(parts)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +40,36 @@ class Encoder(nn.Module):
         return patches
 
     @torch.no_grad()
-    def features(self, images: Tensor, layers: int = 1) -> Tensor:
-        """Average-pooled features of the last `layers` blocks, concatenated. Returns [B, layers * D]."""
+    def features(self, images: Tensor, layers: int = 4, pool: Literal["mean", "none"] = "mean") -> Tensor:
+        """The last `layers` blocks' outputs, each after the final norm, concatenated (appendix A, linear evaluation).
+
+        images: as for a call. pool: mean gives one vector an image, [B, layers * D], the last block's last; none keeps
+        the patches, [B, N, layers * D].
+        """
+        outputs = self.vit.intermediate(self.normalise(images), self.vit.last(layers))
+        return torch.cat([o.mean(1) if pool == "mean" else o for o in outputs], dim=-1)
+
+    @torch.no_grad()
+    def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Feature maps for dense heads: the outputs of some blocks, each after the final norm.
+
+        layers: block numbers from 0, or from -1 at the end. Returns for each [B, D, H / patch, W / patch].
+        """
+        grid = [side // self.vit.config.patch_size for side in images.shape[-2:]]
         outputs = self.vit.intermediate(self.normalise(images), layers)
-        return torch.cat([o.mean(1) for o in outputs], dim=-1)
+        return [o.transpose(1, 2).unflatten(2, grid) for o in outputs]
+
+    def resized(self, size: tuple[int, int]) -> Encoder:
+        """The same encoder whose own image size, in pixels, is another: its positions interpolated once and for all.
+
+        Raises UserError where the patch does not divide the size.
+        """
+        vit = copy.deepcopy(self.vit)
+        vit.config = replace(vit.config, image_size=size)
+        vit.register_buffer("positions", self.vit.positions_for(size), persistent=False)
+        return Encoder(vit, self.normalise, self.network).eval()
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel that images are normalised with."""
+        mean, std = (self.normalise.get_buffer(name).flatten() for name in ("mean", "std"))
+        return tuple(mean.tolist()), tuple(std.tolist())

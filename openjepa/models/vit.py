@@ -6,6 +6,7 @@ B images, N = H*W patches, K visible patches, D channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,18 +144,27 @@ class ViT(nn.Module):
         x = self.norm(x)
         return x if ragged is not None else x[:, self.prefix :]
 
-    def intermediate(self, images: Tensor, layers: int) -> list[Tensor]:
-        """The last `layers` block outputs, each after the final norm (appendix A, linear evaluation).
+    def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """The outputs of some blocks, each after the final norm (appendix A, linear evaluation).
 
-        Returns `layers` tensors [B, N, D], the last block's last.
+        layers: block numbers from 0, or from -1 at the end. Returns a [B, N, D] for each. Raises ValueError for a block
+        that is not there.
         """
+        depth = len(self.blocks)
+        if any(not -depth <= i < depth for i in layers):
+            raise ValueError(f"layers {list(layers)}: this encoder has {depth}, 0 to {depth - 1}")
+        wanted = [i % depth for i in layers]
         x = self.embed(images)
-        outputs = []
+        outputs = {}
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i >= len(self.blocks) - layers:
-                outputs.append(self.norm(x)[:, self.prefix :])
-        return outputs
+            if i in wanted:
+                outputs[i] = self.norm(x)[:, self.prefix :]
+        return [outputs[i] for i in wanted]
+
+    def last(self, layers: int) -> range:
+        """The numbers of the last blocks, of all where there are fewer."""
+        return range(max(0, len(self.blocks) - layers), len(self.blocks))
 
     def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Patch embeddings with positions, prefix tokens first. Returns [B, prefix + (N or K), D]."""

@@ -13,7 +13,8 @@ from openjepa.data.sources import open_source
 from openjepa.engine.checkpoint import locate
 from openjepa.engine.run import environment
 from openjepa.evaluate import suite
-from openjepa.recipes.pretrain import load, random_encoder, saved_recipe
+from openjepa.recipes.exchange import load
+from openjepa.recipes.pretrain import random_encoder, saved_recipe
 
 
 def evaluate_run(run: Path, train: str, test: str, protocols: Sequence[str], network: str, device: str,

@@ -95,9 +95,8 @@ def settled(recipe: Recipe, out: Path, device: torch.device) -> Recipe:
     """`precision: auto` is settled once, when a run begins, so that it goes on in the same arithmetic everywhere."""
     if recipe.precision != "auto":
         return recipe
-    begun = (out / "recipe.yaml").exists()
-    precision = saved_recipe(out).precision if begun else pick_precision("auto", device)
-    return replace(recipe, precision=precision)
+    saved = saved_recipe(out).precision if (out / "recipe.yaml").exists() else "auto"  # auto: imported, not begun
+    return replace(recipe, precision=pick_precision(saved, device))
 
 
 def build(recipe: Recipe) -> IJEPA:
@@ -111,9 +110,12 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     """Make the run's folder, or see that it was made by the same recipe from the same images. Raises UserError."""
     about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
     if (out / "recipe.yaml").exists():
-        if changed := differences(saved_recipe(out), recipe):
+        begun = saved_recipe(out)
+        if begun.precision == "auto":  # imported: settled now
+            begun = replace(begun, precision=recipe.precision)
+        if changed := differences(begun, recipe):
             raise UserError(f"{out} was made with another recipe ({'; '.join(changed)}): choose another --out")
-        saved = saved_data(out)
+        saved = saved_data(out) if (out / "data.json").exists() else about
         if {**saved, "data": ""} != {**about, "data": ""}:
             raise UserError(
                 f"{out} was made from other images ({saved['data']}, {saved['images']} images): now {data} has {len(source)} "
@@ -143,21 +145,6 @@ def saved_data(run: Path) -> dict[str, Any]:
     """What a run was trained on."""
     loaded: dict[str, Any] = json.loads((run / "data.json").read_text())
     return loaded
-
-
-def load(run: str | Path, network: str = "target_encoder") -> Encoder:
-    """The encoder of a run's newest checkpoint, or of one checkpoint folder, on the CPU, ready for inference.
-
-    network: target_encoder (what every evaluation uses) or encoder (the context encoder). Raises UserError.
-    """
-    if network not in ("target_encoder", "encoder"):
-        raise UserError(f"network '{network}': one of target_encoder, encoder")
-    folder, found = checkpoint.locate(Path(run))
-    recipe = saved_recipe(folder)
-    weights = {k.removeprefix(f"{network}."): v for k, v in found.weights().items() if k.startswith(f"{network}.")}
-    vit = ViT(recipe.model)
-    checkpoint.load_strict(vit, weights, str(found.path))
-    return Encoder(vit.eval().requires_grad_(False), Normalise(recipe.data.mean, recipe.data.std), network).eval()
 
 
 def random_encoder(recipe: Recipe) -> Encoder:

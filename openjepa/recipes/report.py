@@ -14,7 +14,8 @@ from openjepa.data.sources import Source, open_source
 from openjepa.engine.run import read_metrics
 from openjepa.evaluate.features import Images
 from openjepa.masking import sample
-from openjepa.recipes.pretrain import load, random_encoder, saved_data, saved_recipe
+from openjepa.recipes.exchange import load
+from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import to_yaml
 from openjepa.rng import permutation
 from openjepa.see import figures

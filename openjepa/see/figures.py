@@ -65,7 +65,7 @@ def principal_colours(features: Tensor) -> np.ndarray:
 
 def neighbours_figure(encoder: Encoder, images: Tensor, queries: int = 6, count: int = 7) -> Figure:
     """Each row: an image, then those whose pooled features are nearest by cosine. images uint8 [n, 3, H, W]."""
-    features = F.normalize(torch.cat([encoder.features(part) for part in images.split(256)]), dim=-1)
+    features = F.normalize(torch.cat([encoder.features(part, layers=1) for part in images.split(256)]), dim=-1)
     queries, count = min(queries, len(images)), min(count, len(images) - 1)
     nearest = (features[:queries] @ features.T).argsort(dim=1, descending=True)[:, : count + 1]
     figure, axes = canvas(queries, count + 1)

@@ -1,0 +1,186 @@
+"""Hugging Face's `IJepaModel`, in and out: the encoder alone, with an image processor that does our preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openjepa.convert.names import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Imported,
+    State,
+    Told,
+    check_plain,
+    encoder_config,
+    with_positions,
+    without_positions,
+)
+from openjepa.errors import UserError, first_line, needs
+from openjepa.models.encoder import Encoder
+from openjepa.models.vit import ViT
+from openjepa.models.weights import check_fit
+
+# Ours to theirs, in the order of transformers 5 and 4; q, k and v are apart there.
+TOP = {
+    "pos_embed": ("embeddings.position_embeddings",),
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "norm": ("layernorm",),
+}
+BLOCK = {
+    "norm1": ("layernorm_before",),
+    "norm2": ("layernorm_after",),
+    "attn.proj": ("attention.o_proj", "attention.output.dense"),
+    "mlp.fc1": ("mlp.fc1", "intermediate.dense"),
+    "mlp.fc2": ("mlp.fc2", "output.dense"),
+}
+QKV = (("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+       ("attention.attention.query", "attention.attention.key", "attention.attention.value"))  # fmt: skip
+LAYERS = ("layers", "encoder.layer")
+
+
+def transformers() -> Any:
+    """The library, or one line that says which extra brings it."""
+    with needs("hf"):
+        import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def write(folder: Path, encoder: Encoder) -> None:
+    """`AutoModel.from_pretrained(folder)` and `AutoImageProcessor.from_pretrained(folder)`. Raises UserError."""
+    library, config = transformers(), encoder.vit.config
+    check_plain(config, "Hugging Face's IJepaModel")
+    height, width = config.image_size
+    hidden = encoder.vit.state_dict()["blocks.0.mlp.fc1.weight"].shape[0]
+    model = library.IJepaModel(
+        library.IJepaConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_blocks,
+            num_attention_heads=config.n_heads,
+            intermediate_size=hidden,
+            image_size=height if height == width else [height, width],
+            patch_size=config.patch_size,
+            num_channels=config.channels,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )
+    state = with_positions(encoder.vit)
+    model.load_state_dict(to_theirs(state, model.state_dict()))
+    model.save_pretrained(folder)
+    processor(encoder).save_pretrained(folder)
+
+
+def processor(encoder: Encoder) -> Any:
+    """Shorter side to the model's size, central square, [0, 1], normalised: what evaluation does here.
+
+    A model that is not square gets a processor that resizes to its size without a crop, as the library has no other.
+    """
+    (height, width), mean, std = encoder.vit.config.image_size, *encoder.statistics()
+    bilinear, library = 2, transformers()
+    common = {"image_mean": list(mean), "image_std": list(std), "resample": bilinear}
+    if height == width:
+        side = {"height": height, "width": width}
+        return library.CLIPImageProcessor(
+            size={"shortest_edge": height}, crop_size=side, do_convert_rgb=encoder.vit.config.channels == 3, **common
+        )
+    return library.ViTImageProcessor(size={"height": height, "width": width}, **common)
+
+
+def read(name: str, told: Told) -> Imported:
+    """An `IJepaModel` from a folder or the hub. Raises UserError."""
+    library = transformers()
+    try:
+        model = library.IJepaModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be read as an IJepaModel ({first_line(error)})") from error
+    config = model.config
+    size = config.image_size
+    told = Told(
+        heads=config.num_attention_heads,
+        image_size=told.image_size or ((size, size) if isinstance(size, int) else (size[0], size[1])),
+    )
+    state = to_ours(model.state_dict(), name)
+    vit = encoder_config(state, told, name)
+    state = without_positions(state, "pos_embed", vit.grid, name)
+    with torch.device("meta"):
+        check_fit(ViT(vit).state_dict(), state, name)
+    mean, std = statistics(name)
+    return Imported(vit, {"target_encoder": state}, mean=mean, std=std)
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation of the model's image processor, or ImageNet's where there is none."""
+    try:
+        found = transformers().AutoImageProcessor.from_pretrained(name)
+        return tuple(found.image_mean), tuple(found.image_std)
+    except (OSError, ValueError):
+        return IMAGENET_MEAN, IMAGENET_STD
+
+
+def to_theirs(state: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> State:
+    """Our state dict (with `pos_embed`) under the names that this version of the library uses."""
+
+    def pick(*names: str) -> str:
+        return next(name for name in names if name in theirs)
+
+    out: State = {}
+    for name, value in state.items():
+        if not name.startswith("blocks."):
+            stem, ending = (name, "") if name == "pos_embed" else split(name)
+            out[pick(*(t + ending for t in TOP[stem]))] = value
+            continue
+        _, number, rest = name.split(".", 2)
+        stem, ending = split(rest)
+        if stem == "attn.qkv":
+            for part, tensor in enumerate(value.chunk(3)):
+                names = (f"{layers}.{number}.{qkv[part]}{ending}" for layers in LAYERS for qkv in QKV)
+                out[pick(*names)] = tensor.clone()
+        else:
+            out[pick(*(f"{layers}.{number}.{t}{ending}" for layers in LAYERS for t in BLOCK[stem]))] = value
+    return out
+
+
+def to_ours(state: Mapping[str, Tensor], where: str) -> State:
+    """Their state dict under our names, q, k and v joined. Raises UserError naming what is left over."""
+    left = dict(state)
+
+    def take(*names: str) -> Tensor:
+        for name in names:
+            if name in left:
+                return left.pop(name)
+        raise UserError(f"{where} has no '{names[0]}'")
+
+    out: State = {}
+    for stem, names in TOP.items():
+        for ending in ("",) if stem == "pos_embed" else (".weight", ".bias"):
+            out[stem + ending] = take(*(t + ending for t in names))
+    numbers = {
+        int(n.removeprefix(layers + ".").split(".")[0]) for layers in LAYERS for n in left if n.startswith(layers)
+    }
+    for number in sorted(numbers):
+        for ending in (".weight", ".bias"):
+            for ours, theirs in BLOCK.items():
+                out[f"blocks.{number}.{ours}{ending}"] = take(
+                    *(f"{a}.{number}.{t}{ending}" for a in LAYERS for t in theirs)
+                )
+            parts = [take(*(f"{a}.{number}.{qkv[i]}{ending}" for a in LAYERS for qkv in QKV)) for i in range(3)]
+            out[f"blocks.{number}.attn.qkv{ending}"] = torch.cat(parts)
+    if left:
+        raise UserError(f"{where} has unknown {', '.join(sorted(left)[:3])}")
+    return out
+
+
+def split(name: str) -> tuple[str, str]:
+    """'attn.qkv.weight' to ('attn.qkv', '.weight')."""
+    stem, _, ending = name.rpartition(".")
+    return stem, "." + ending

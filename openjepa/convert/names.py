@@ -1,0 +1,153 @@
+"""What a file of weights says about the network it belongs to: sizes from shapes, positions checked, nothing left over.
+
+Parameter names inside an encoder are timm's, which the release shares; the fixed positions are stored there and computed
+here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from openjepa.errors import UserError
+from openjepa.models.layers import sincos_positions
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import SIZES, ViT, ViTConfig
+
+State = dict[str, Tensor]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights under this project's names, and what they say about their networks.
+
+    weights: by network, one of encoder, predictor, target_encoder. optimizer: by network, parameter and kind (exp_avg,
+    exp_avg_sq, step), or empty.
+    """
+
+    model: ViTConfig
+    weights: dict[str, State]
+    predictor: PredictorConfig | None = None
+    optimizer: State = field(default_factory=dict)
+    step: int = 0
+    batch_size: int | None = None  # images in a step, where the file knows
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Told:
+    """What shapes cannot say, told by the user."""
+
+    heads: int | None = None
+    image_size: tuple[int, int] | None = None
+
+
+def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTConfig:
+    """The encoder's configuration from the shapes of its state dict (with `pos_embed`).
+
+    Raises UserError where the shapes are no ViT's of this kind, or do not say the number of heads or the grid.
+    """
+    try:
+        width, channels, patch, across = state["patch_embed.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1]
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{where} is not the encoder of an I-JEPA: {first_missing(error)}") from error
+    if patch != across:
+        raise UserError(f"{where} has patches of {patch}x{across} pixels: only square ones are known here")
+    if "cls_token" in state:
+        raise UserError(f"{where} has a class token ('cls_token'): I-JEPA's encoders have none")
+    depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+    known = [(name, values) for name, values in SIZES.items() if values[0] == width]
+    heads = told.heads or (known[0][1][2] if known else None)
+    if heads is None:
+        widths = ", ".join(f"{values[0]} ({name})" for name, values in SIZES.items())
+        raise UserError(
+            f"{where} is {width} wide, and no known size is ({widths}): say its number of heads with --model.heads"
+        )
+    side = math.isqrt(tokens)
+    image_size = told.image_size or (side * patch, side * patch)
+    if (image_size[0] // patch) * (image_size[1] // patch) != tokens:
+        raise UserError(
+            f"{where} has {tokens} patches of {patch} pixels: "
+            + ("that is not" if told.image_size else "no square image has as many, say with --model.image_size")
+            + (f" an image of {image_size[0]}x{image_size[1]}" if told.image_size else " HEIGHT,WIDTH")
+        )
+    return ViTConfig(
+        size=known[0][0] if known else "Ti",
+        image_size=image_size,
+        patch_size=patch,
+        channels=channels,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_ratio=mlp_ratio(width, hidden),
+    )
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """The known ratio that gives exactly this hidden width, else their quotient."""
+    for ratio in sorted({values[3] for values in SIZES.values()}):
+        if int(width * ratio) == hidden:
+            return ratio
+    return hidden / width
+
+
+def predictor_config(state: Mapping[str, Tensor], heads: int, where: str) -> PredictorConfig:
+    """The predictor's, from its state dict under this project's names. The release gives it the encoder's heads."""
+    try:
+        width = state["embed.weight"].shape[0]
+        depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where} is not the predictor of an I-JEPA: {first_missing(error)}") from error
+    return PredictorConfig(width=width, depth=depth, heads=heads)
+
+
+def check_positions(stored: Tensor, grid: tuple[int, int], where: str) -> None:
+    """Stored positions must be the fixed ones that are computed here. stored: [1, N, D]. Raises UserError."""
+    fixed = sincos_positions(grid, stored.shape[-1])
+    if stored.shape[1:] != fixed.shape:
+        raise UserError(f"{where} has shape {list(stored.shape)}: expected {[1, *fixed.shape]}")
+    error = float((stored[0].float() - fixed).abs().max())
+    if not error < 1e-5:
+        raise UserError(
+            f"{where} are not the fixed sine-cosine positions of a {grid[0]}x{grid[1]} grid (off by {error:.2g})"
+        )
+
+
+def first_missing(error: Exception) -> str:
+    return f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else "its shapes are not a ViT's"
+
+
+def without_positions(state: Mapping[str, Tensor], name: str, grid: tuple[int, int], where: str) -> State:
+    """A state dict less its fixed positions, which are checked."""
+    check_positions(state[name], grid, f"{where}'s {name}")
+    return {k: v for k, v in state.items() if k != name}
+
+
+def with_positions(encoder: ViT) -> State:
+    """An encoder's state dict with the positions [1, N, D] that other libraries store, interpolated ones as they are."""
+    return {"pos_embed": encoder.get_buffer("positions")[None], **encoder.state_dict()}
+
+
+def check_plain(model: ViTConfig, form: str) -> None:
+    """Raises UserError for what I-JEPA's own encoders do not have and a format therefore cannot carry."""
+    extras = {"class_token": model.class_token, "registers": model.registers, "layer_scale": model.layer_scale is not None,
+              "qk_norm": model.qk_norm}  # fmt: skip
+    if used := [f"model.{name}" for name, value in extras.items() if value]:
+        raise UserError(f"{form} cannot carry {', '.join(used)}: export as safetensors or onnx")
+
+
+def finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError naming a tensor that is not finite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} is not finite")

@@ -1,0 +1,41 @@
+"""One safetensors file: an encoder's weights, with its configuration in the header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from openjepa.convert.names import Imported, State
+from openjepa.errors import UserError
+from openjepa.models.encoder import Encoder
+from openjepa.models.vit import ViT, ViTConfig
+from openjepa.models.weights import check_fit
+
+KEY = "openjepa"  # of the header's entry
+
+
+def write(file: Path, encoder: Encoder) -> None:
+    mean, std = encoder.statistics()
+    about = {"network": encoder.network, "model": asdict(encoder.vit.config), "mean": mean, "std": std}
+    state = {k: v.contiguous() for k, v in encoder.vit.state_dict().items()}
+    save_file(state, file, {KEY: json.dumps(about), "format": "pt"})
+
+
+def read(state: State, header: Mapping[str, str], where: str) -> Imported:
+    """Raises UserError if weights and header disagree."""
+    try:
+        about: dict[str, Any] = json.loads(header[KEY])
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+        config = ViTConfig(**values)
+        mean, std = tuple(about["mean"]), tuple(about["std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} has a header that this version does not understand ({error})") from error
+    with torch.device("meta"):
+        check_fit(ViT(config).state_dict(), state, where)
+    return Imported(config, {"target_encoder": state}, mean=mean, std=std)

@@ -1,0 +1,169 @@
+"""Checkpoints in the released layout (`*.pth.tar`), in and out.
+
+A pickle of `encoder`, `predictor`, `target_encoder` (parameters under `module.`, fixed positions among them), `opt`
+(AdamW in four groups: matrices of encoder and predictor, then their vectors), `scaler`, `epoch`, `loss`, `batch_size`,
+`world_size`, `lr`. Read without running code from it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openjepa.convert.names import (
+    Imported,
+    State,
+    Told,
+    check_plain,
+    encoder_config,
+    predictor_config,
+    without_positions,
+)
+from openjepa.errors import UserError, first_line
+from openjepa.models.layers import sincos_positions
+from openjepa.models.predictor import Predictor, PredictorConfig
+from openjepa.models.vit import ViT, ViTConfig
+from openjepa.models.weights import check_fit
+
+NETWORKS = ("encoder", "predictor", "target_encoder")
+POSITIONS = {"encoder": "pos_embed", "predictor": "predictor_pos_embed", "target_encoder": "pos_embed"}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_pickle(file: Path) -> Any:
+    """What a pickle holds, if it is tensors and plain values alone. Raises UserError; nothing in it is ever run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "is damaged" if "Weights only load failed" not in str(error) else "holds more than weights"
+        raise UserError(
+            f"{file} {reason} and is refused: what it asks for could run code of its author ({first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read as a checkpoint ({first_line(error)}): is it whole?") from error
+
+
+def is_released(saved: Any) -> bool:
+    return isinstance(saved, Mapping) and "target_encoder" in saved
+
+
+def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
+    """Weights, optimiser state and step of a released checkpoint. Raises UserError naming what is missing or odd."""
+    for network in NETWORKS:
+        if not isinstance(saved.get(network), Mapping):
+            raise UserError(f"{where} has no '{network}': a released checkpoint holds {', '.join(NETWORKS)}")
+    raw = {network: {k.removeprefix("module."): v for k, v in saved[network].items()} for network in NETWORKS}
+    model = encoder_config(raw["target_encoder"], told, f"{where}'s target_encoder")
+    own: dict[str, State] = {}
+    for network, state in raw.items():
+        positions = POSITIONS[network]
+        if positions not in state:
+            raise UserError(f"{where}'s {network} has no '{positions}'")
+        state = without_positions(state, positions, model.grid, f"{where}'s {network}")
+        own[network] = {own_name(network, k): v for k, v in state.items()}
+    predictor = predictor_config(own["predictor"], model.n_heads, f"{where}'s predictor")
+    with torch.device("meta"):
+        networks = {"encoder": ViT(model), "predictor": Predictor(predictor, model), "target_encoder": ViT(model)}
+    for network, module in networks.items():
+        check_fit(module.state_dict(), own[network], f"{where}'s {network}")
+    optimizer, step = read_optimizer(saved.get("opt"), raw, where)
+    batch = saved.get("batch_size")
+    return Imported(
+        model,
+        own,
+        predictor,
+        optimizer,
+        step,
+        batch * int(saved.get("world_size", 1)) if isinstance(batch, int) else None,
+    )
+
+
+def own_name(network: str, released: str) -> str:
+    return released.removeprefix("predictor_") if network == "predictor" else released
+
+
+def released_name(network: str, own: str) -> str:
+    return own if network != "predictor" or own == "mask_token" else f"predictor_{own}"
+
+
+def stored(network: str, weights: State, grid: tuple[int, int], width: int) -> State:
+    """A network's weights under the release's names, with the fixed positions where it keeps them: after its tokens."""
+    named = {released_name(network, name): value for name, value in weights.items()}
+    token = {name: named.pop(name) for name in ("mask_token",) if name in named}
+    return {**token, POSITIONS[network]: sincos_positions(grid, width)[None], **named}
+
+
+def order(states: Mapping[str, Mapping[str, Tensor]]) -> list[list[tuple[str, str]]]:
+    """The release's four groups: matrices of encoder and predictor, then the rest of each, as (network, name)."""
+    learn = ("encoder", "predictor")
+
+    def decays(name: str, tensor: Tensor) -> bool:
+        return tensor.ndim > 1 and "bias" not in name
+
+    return [[(n, k) for k, v in states[n].items() if decays(k, v) is decay] for decay in (True, False) for n in learn]
+
+
+def read_optimizer(opt: Any, raw: Mapping[str, State], where: str) -> tuple[State, int]:
+    """AdamW's moments under our parameters' names, and the step; nothing if the file has none."""
+    if not isinstance(opt, Mapping) or not opt.get("state"):
+        return {}, 0
+    groups = order(raw)
+    stored = [group["params"] for group in opt["param_groups"]]
+    if [len(g) for g in stored] != [len(g) for g in groups]:
+        raise UserError(
+            f"{where}'s optimiser has groups of {[len(g) for g in stored]} parameters: expected {[len(g) for g in groups]}"
+        )
+    found: State = {}
+    step = 0
+    for names, indices in zip(groups, stored, strict=True):
+        for (network, name), index in zip(names, indices, strict=True):
+            if name == POSITIONS[network]:
+                continue  # fixed: never moved
+            own = f"{network}.{own_name(network, name)}"
+            entry = opt["state"].get(index)
+            if entry is None:
+                raise UserError(f"{where}'s optimiser has no state for {network}.{name}")
+            for moment in MOMENTS:
+                if moment not in entry or entry[moment].shape != raw[network][name].shape:
+                    raise UserError(f"{where}'s optimiser has no {moment} that fits {network}.{name}")
+                found[f"{own}/{moment}"] = entry[moment].float()
+            found[f"{own}/step"] = torch.tensor(float(entry["step"]))
+            step = max(step, int(entry["step"]))
+    return found, step
+
+
+def write(file: Path, model: ViTConfig, predictor: PredictorConfig, weights: Mapping[str, State], optimizer: State,
+          about: dict[str, Any]) -> None:  # fmt: skip
+    """All three networks and the optimiser in the released layout.
+
+    weights: by network, this project's names. about: epoch, loss, batch_size, world_size, lr, weight_decay. Raises
+    UserError for networks that the layout cannot carry.
+    """
+    check_plain(model, "the released layout")
+    states = {
+        network: stored(network, weights[network], model.grid, predictor.width if network == "predictor" else model.dim)
+        for network in NETWORKS
+    }
+    about = dict(about)
+    decay = about.pop("weight_decay")
+    groups, state, index = [], {}, 0
+    for number, names in enumerate(order(states)):
+        indices = []
+        for network, name in names:
+            own = f"{network}.{own_name(network, name)}"
+            entry = {key: optimizer[f"{own}/{key}"] for key in ("step", *MOMENTS) if f"{own}/{key}" in optimizer}
+            if entry:
+                state[index] = entry
+            indices.append(index)
+            index += 1
+        group: dict[str, Any] = {"lr": about["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
+        if number >= 2:
+            group |= {"WD_exclude": True, "weight_decay": 0}
+        groups.append({**group, "amsgrad": False, "params": indices})
+    saved = {network: {f"module.{k}": v for k, v in states[network].items()} for network in NETWORKS}
+    torch.save({**saved, "opt": {"state": state, "param_groups": groups}, "scaler": None, **about}, file)

@@ -1,0 +1,100 @@
+"""timm's Vision Transformer without class token, in and out: the encoder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from openjepa.convert.names import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Imported,
+    State,
+    Told,
+    check_plain,
+    encoder_config,
+    with_positions,
+    without_positions,
+)
+from openjepa.errors import UserError
+from openjepa.models.encoder import Encoder
+from openjepa.models.vit import ViT, ViTConfig
+from openjepa.models.weights import check_fit
+
+NAMES = {("H", 14, 224): "vit_huge_patch14_gap_224", ("H", 16, 448): "vit_huge_patch16_gap_448",
+         ("G", 16, 224): "vit_giant_patch16_gap_224"}  # fmt: skip
+OTHERS = "vit_base_patch16_gap_224"  # every other size is this architecture with arguments
+
+
+def write(folder: Path, encoder: Encoder) -> str:
+    """`timm.create_model("local-dir:FOLDER", pretrained=True)`, or with `checkpoint_path`. Raises UserError.
+
+    Returns the line of Python that loads it.
+    """
+    config = encoder.vit.config
+    check_plain(config, "timm's vit_*_gap")
+    state = with_positions(encoder.vit)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    architecture, arguments = model_arguments(config)
+    mean, std = encoder.statistics()
+    about = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": config.dim,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.channels, *config.image_size],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    extra = "".join(f", {k}={v!r}" for k, v in arguments.items())
+    file = folder / "model.safetensors"
+    return f"timm.create_model('{architecture}', num_classes=0, checkpoint_path='{file}'{extra})"
+
+
+def model_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
+    """The registered architecture, and what differs from it."""
+    height, width = config.image_size
+    plain = ViTConfig(size=config.size, image_size=(height, height), patch_size=config.patch_size)
+    if config == plain and (name := NAMES.get((config.size, config.patch_size, height))):
+        return name, {}
+    return OTHERS, {
+        "img_size": [height, width],
+        "patch_size": config.patch_size,
+        "in_chans": config.channels,
+        "embed_dim": config.dim,
+        "depth": config.n_blocks,
+        "num_heads": config.n_heads,
+        "mlp_ratio": config.mlp_ratio,
+    }
+
+
+def read(state: State, told: Told, where: str, about: dict[str, Any] | None = None) -> Imported:
+    """timm's state dict, with the config.json beside it if there is one. Raises UserError naming what is odd."""
+    about = about or {}
+    statistics, arguments = about.get("pretrained_cfg", {}), about.get("model_args", {})
+    size = arguments.get("img_size")
+    told = Told(
+        heads=told.heads or arguments.get("num_heads"),
+        image_size=told.image_size or ((size[0], size[1]) if isinstance(size, list) else None),
+    )
+    if any(name.startswith("fc_norm.") for name in state):
+        raise UserError(f"{where} normalises after pooling ('fc_norm'): I-JEPA's encoders normalise each patch")
+    config = encoder_config(state, told, where)
+    state = without_positions(state, "pos_embed", config.grid, where)
+    with torch.device("meta"):
+        check_fit(ViT(config).state_dict(), state, where)
+    mean, std = (tuple(statistics.get(k, default)) for k, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    return Imported(config, {"target_encoder": state}, mean=mean, std=std)

@@ -1,0 +1,60 @@
+"""Claims about the two commands that need no data: the demo goes from nothing to a page, the measurements print."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from openjepa import cli
+from openjepa.bench import parts
+from openjepa.recipes import demo
+
+
+@pytest.fixture
+def small(monkeypatch, tiny, tmp_path):
+    """The demo on a few scenes and a tiny model."""
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+    recipe = replace(tiny, model=replace(tiny.model, image_size=(32, 32)))
+    monkeypatch.setattr(demo, "ijepa_scenes", lambda: recipe)
+    for name, scenes in (("TRAIN", "scenes:48"), ("LABELLED", "scenes:96"), ("TEST", "scenes:96-160")):
+        monkeypatch.setattr(demo, name, scenes)
+
+
+def test_the_demo_scores_four_tasks_against_both_controls_and_draws(small, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "demo"
+    monkeypatch.setattr(sys, "argv", ["openjepa", "demo", "--out", str(out), "--seed", "3"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "next: openjepa pretrain" in printed
+    results = json.loads((out / "evaluation.json").read_text())["results"]
+    of = {"pretrained", "random weights", "raw pixels"}
+    assert {(r["task"], r["protocol"], r["of"]) for r in results} == {
+        (task, protocol, name)
+        for task in ("count", "distance", "color", "shape")
+        for protocol in ("knn", "linear")
+        for name in of
+    }
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "seed: 3" in (out / "recipe.yaml").read_text()
+
+
+def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(
+        parts, "BENCHES", parts.BENCHES | {"masks": lambda: [{"masks": "multiblock", "images_per_s": 2.0}]}
+    )
+    monkeypatch.setattr(sys, "argv", ["openjepa", "bench", "masks", "--json"])
+    cli.main()
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == [{"masks": "multiblock", "images_per_s": 2.0}]
+    assert printed["environment"]["torch"]
+    monkeypatch.setattr(sys, "argv", ["openjepa", "bench", "masks"])
+    cli.main()
+    assert "images_per_s" in capsys.readouterr().out
+
+
+def test_both_kinds_of_context_are_measured_on_the_same_steps():
+    rows = {row["context"]: row for row in parts.context(steps=3, warmup=1)}
+    assert rows["packed"]["context_tokens"] > rows["even"]["context_tokens"] > 0
+    assert min(row["images_per_s"] for row in rows.values()) > 0
