@@ -1,8 +1,6 @@
 """Claims about weights that move: what goes in comes out the same, and what does not fit is refused by name."""
 
-import importlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -32,13 +30,6 @@ from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, from_dict
 
 HEADS = Told(heads=2)  # of the tiny model, whose width no known size has
-needs_hf = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="extra hf is not installed")
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="extra hf is not installed")
-needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="extra onnx is not installed")
-if os.environ.get("OPENJEPA_REQUIRE_EXTRAS"):
-    import onnxruntime  # noqa: F401
-    import timm  # noqa: F401
-    import transformers  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +186,6 @@ def test_released_keys_that_are_not_honoured_are_refused_by_name(golden, key, va
 SIZES_TRIED = [None, (32, 32), (40, 16)]  # the run's own 24x40, square, and another that is not: interpolated
 
 
-@needs_hf
 @pytest.mark.parametrize("size", SIZES_TRIED)
 def test_hugging_face_computes_the_same(trained, tmp_path, size):
     from transformers import AutoModel
@@ -209,7 +199,6 @@ def test_hugging_face_computes_the_same(trained, tmp_path, size):
     assert (theirs - encoder(x)).abs().max() < 1e-5
 
 
-@needs_hf
 def test_hugging_face_interpolates_as_we_do(trained, tmp_path):
     from transformers import AutoModel
 
@@ -221,26 +210,26 @@ def test_hugging_face_interpolates_as_we_do(trained, tmp_path):
     assert (theirs - encoder(x)).abs().max() < 1e-5
 
 
-@needs_hf
 def test_the_image_processor_does_our_preprocessing(trained, tmp_path):
     from transformers import AutoImageProcessor
 
     export(str(trained), "hf", tmp_path / "hf", image_size=(32, 32))
     processor, encoder = AutoImageProcessor.from_pretrained(tmp_path / "hf"), load(trained)
     rng = np.random.default_rng(0)
-    for shape in ((60, 60, 3), (80, 50, 3), (45, 90, 3)):
-        picture = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+    for width, height in ((60, 60), (80, 50), (45, 90)):
+        picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+            (width, height), Image.BICUBIC
+        )
         ours = decode(np.asarray(picture), lambda w, h: centre_crop(w, h, (32, 32)), (32, 32), 3)
         expected = encoder.normalise(torch.from_numpy(np.array(ours)).permute(2, 0, 1)[None])
         found = processor(picture, return_tensors="pt")["pixel_values"]
         grey_level = 1 / 255 / 0.224
-        if shape[0] == shape[1]:  # elsewhere the library rounds the longer side to whole pixels before it crops
+        if width == height:  # elsewhere the library rounds the longer side to whole pixels before it crops
             assert (found - expected).abs().max() < 1.01 * grey_level
         else:
-            assert (found - expected).abs().mean() < 10 * grey_level  # of noise, the worst of images
+            assert (found - expected).abs().mean() < 4 * grey_level
 
 
-@needs_timm
 @pytest.mark.parametrize("size", SIZES_TRIED)
 def test_timm_computes_the_same(trained, tmp_path, size):
     import timm
@@ -256,7 +245,6 @@ def test_timm_computes_the_same(trained, tmp_path, size):
         assert (pooled - encoder.features(x, layers=1)).abs().max() < 1e-5
 
 
-@needs_onnx
 @pytest.mark.parametrize("size", SIZES_TRIED)
 def test_onnx_computes_the_same_for_any_batch(trained, tmp_path, size):
     import onnxruntime
@@ -295,10 +283,7 @@ def test_safetensors_carries_what_other_formats_cannot(tiny, folder, tmp_path):
         assert not (tmp_path / form).exists()
 
 
-@pytest.mark.parametrize(
-    "form",
-    [pytest.param("hf", marks=needs_hf), pytest.param("timm", marks=needs_timm), "safetensors"],
-)
+@pytest.mark.parametrize("form", ["hf", "timm", "safetensors"])
 def test_what_left_comes_back_bit_for_bit(golden, tmp_path, form):
     """A released checkpoint in, another format out, and in again."""
     run = imported(golden / "ijepa_tiny.pth.tar", tmp_path / "run", told=Told(heads=3))

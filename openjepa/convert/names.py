@@ -101,14 +101,14 @@ def mlp_ratio(width: int, hidden: int) -> float:
     return hidden / width
 
 
-def predictor_config(state: Mapping[str, Tensor], heads: int, where: str) -> PredictorConfig:
-    """The predictor's, from its state dict under this project's names. The release gives it the encoder's heads."""
+def predictor_config(state: Mapping[str, Tensor], where: str) -> PredictorConfig:
+    """The predictor's, from its state dict under this project's names; it has the encoder's heads."""
     try:
         width = state["embed.weight"].shape[0]
         depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
     except (KeyError, ValueError) as error:
         raise UserError(f"{where} is not the predictor of an I-JEPA: {first_missing(error)}") from error
-    return PredictorConfig(width=width, depth=depth, heads=heads)
+    return PredictorConfig(width=width, depth=depth)
 
 
 def check_positions(stored: Tensor, grid: tuple[int, int], where: str) -> None:

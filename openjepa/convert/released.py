@@ -66,11 +66,9 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
             raise UserError(f"{where}'s {network} has no '{positions}'")
         state = without_positions(state, positions, model.grid, f"{where}'s {network}")
         own[network] = {own_name(network, k): v for k, v in state.items()}
-    predictor = predictor_config(own["predictor"], model.n_heads, f"{where}'s predictor")
-    with torch.device("meta"):
-        networks = {"encoder": ViT(model), "predictor": Predictor(predictor, model), "target_encoder": ViT(model)}
-    for network, module in networks.items():
-        check_fit(module.state_dict(), own[network], f"{where}'s {network}")
+    predictor = predictor_config(own["predictor"], f"{where}'s predictor")
+    for network, expected in shapes(model, predictor).items():
+        check_fit(expected, own[network], f"{where}'s {network}")
     optimizer, step = read_optimizer(saved.get("opt"), raw, where)
     batch = saved.get("batch_size")
     return Imported(
@@ -81,6 +79,13 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
         step,
         batch * int(saved.get("world_size", 1)) if isinstance(batch, int) else None,
     )
+
+
+def shapes(model: ViTConfig, predictor: PredictorConfig) -> dict[str, State]:
+    """The three networks' state dicts without their numbers, in the order that optimisers count parameters by."""
+    with torch.device("meta"):
+        networks = {"encoder": ViT(model), "predictor": Predictor(predictor, model), "target_encoder": ViT(model)}
+    return {network: module.state_dict() for network, module in networks.items()}
 
 
 def own_name(network: str, released: str) -> str:
@@ -145,8 +150,9 @@ def write(file: Path, model: ViTConfig, predictor: PredictorConfig, weights: Map
     UserError for networks that the layout cannot carry.
     """
     check_plain(model, "the released layout")
+    ordered = {n: {k: weights[n][k] for k in expected} for n, expected in shapes(model, predictor).items()}
     states = {
-        network: stored(network, weights[network], model.grid, predictor.width if network == "predictor" else model.dim)
+        network: stored(network, ordered[network], model.grid, predictor.width if network == "predictor" else model.dim)
         for network in NETWORKS
     }
     about = dict(about)

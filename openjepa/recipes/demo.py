@@ -13,7 +13,7 @@ from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.report import report
 
 TRAIN = "scenes:8000"  # without labels
-LABELLED, TEST = "scenes:2000", "scenes:8000-10000"  # labels are scarce: that is why anyone pretrains
+LABELLED, TEST = "scenes:500", "scenes:8000-12000"  # labels are scarce: that is why anyone pretrains
 
 
 def demo(out: Path, seed: int, console: Console) -> None:
@@ -26,4 +26,5 @@ def demo(out: Path, seed: int, console: Console) -> None:
     console.print(
         f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_cifar10_cpu --data YOUR_IMAGES --out runs/first",
         highlight=False,
+        soft_wrap=True,
     )

@@ -117,6 +117,8 @@ def with_architecture(base: Recipe, imported: Imported, given: bool, source: str
     """The recipe with the networks that the weights belong to."""
     predictor = imported.predictor or base.predictor
     if given:
+        if imported.predictor and base.predictor.heads == base.model.n_heads:
+            predictor = replace(predictor, heads=base.predictor.heads)  # said, not left to the encoder
         own = replace(base, model=imported.model, predictor=predictor)
         if changed := differences(own, base):
             raise UserError(f"{source} is not of this recipe ({'; '.join(changed)})")
@@ -203,10 +205,9 @@ def write_released(source: Path, file: Path) -> str:
         "weight_decay": schedule.weight_decay(last),
     }
     weights = {network: network_weights(found, network) for network in NETWORKS}
-    predictor = replace(recipe.predictor, heads=recipe.predictor.heads or recipe.model.n_heads)
-    if predictor.heads != recipe.model.n_heads:
+    if recipe.predictor.heads not in (None, recipe.model.n_heads):
         raise UserError("the released layout gives the predictor the encoder's heads, and predictor.heads differs")
-    released.write(file, recipe.model, predictor, weights, found.optimizer(), about)
+    released.write(file, recipe.model, recipe.predictor, weights, found.optimizer(), about)
     return f"torch.load('{file}', weights_only=True)['target_encoder']"
 
 
