@@ -69,6 +69,15 @@ def test_public_names_are_there():
         ("evaluate {tmp}/none --train x --test x", "is not a run"),
         ("report {tmp}/none", "is not a run"),
         ("recipes nothing", "unknown recipe"),
+        ("import {tmp}/none --out {tmp}/r", "no such file or folder"),
+        ("import {tmp}/file --out {tmp}/r", "{tmp}/file"),
+        ("import {tmp}/file --out {tmp}/r --model.heads x", "model.heads is 'x'"),
+        ("import {tmp}/file --out {tmp}/r --optim.lrr 1", "did you mean 'optim.lr'"),
+        ("export {tmp}/none --format hf --out {tmp}/r", "no such file or folder"),
+        ("export {tmp}/none --format hff --out {tmp}/r", "did you mean 'hf'"),
+        ("export {tmp}/none --format released --out {tmp}/r", "is not a run"),
+        ("export {tmp}/none --format hf --out {tmp}", "is not empty"),
+        ("export {tmp}/none --format hf --out {tmp}/r --image-size 3", "image_size"),
     ],
 )
 def test_mistakes_get_one_line_and_status_two(monkeypatch, capsys, tmp_path, words, says):
@@ -76,7 +85,7 @@ def test_mistakes_get_one_line_and_status_two(monkeypatch, capsys, tmp_path, wor
     (tmp_path / "file").write_text("hello")
     status, _, errors = run(monkeypatch, capsys, *words.format(tmp=tmp_path).split())
     assert status == 2
-    assert says in errors
+    assert says.format(tmp=tmp_path) in errors
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "r").exists()
 
@@ -139,3 +148,36 @@ def test_real_images_give_the_same_losses_from_a_folder_parquet_and_shards(
         losses.append([line["loss"] for line in logged if "loss" in line])
     assert len(losses[0]) == 12
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_released_recipe_runs_directly_and_its_run_can_leave_and_come_back(
+    monkeypatch, capsys, tmp_path, folder, golden
+):
+    """The largest of the released recipes, its model made small on the command line."""
+    out, config = tmp_path / "run", golden / "configs" / "in22k_vitg16_ep44.yaml"
+    small = "--model.size Ti --model.width 24 --model.heads 2 --model.depth 1 --predictor.width 16 --predictor.depth 1"
+    short = "--schedule.epochs 1 --schedule.warmup_epochs 0.5 --machine.workers 0 --data.batch_size 8"
+    words = ["--config", str(config), "--data", str(folder), "--out", str(out), *small.split(), *short.split()]
+    status, _, errors = run(monkeypatch, capsys, "pretrain", *words)
+    assert status == 0, errors
+    assert "behaviour: released" in (out / "recipe.yaml").read_text()
+    status, text, errors = run(
+        monkeypatch, capsys, "export", str(out), "--format", "released", "--out", str(tmp_path / "x")
+    )
+    assert status == 0, errors
+    assert "checkpoint.pth.tar" in text
+    status, text, errors = run(
+        monkeypatch,
+        capsys,
+        "import",
+        str(tmp_path / "x" / "checkpoint.pth.tar"),
+        "--out",
+        str(tmp_path / "y"),
+        "--model.heads",
+        "2",
+    )
+    assert status == 0, errors
+    assert "24 wide, 1 deep, 2 heads, patches of 16, images of 224x224, step 5" in text
+    status, _, errors = run(monkeypatch, capsys, "report", str(tmp_path / "y"))
+    assert status == 2
+    assert "has seen no images yet" in errors

@@ -227,7 +227,7 @@ def test_the_image_processor_does_our_preprocessing(trained, tmp_path):
         if width == height:  # elsewhere the library rounds the longer side to whole pixels before it crops
             assert (found - expected).abs().max() < 1.01 * grey_level
         else:
-            assert (found - expected).abs().mean() < 4 * grey_level
+            assert (found - expected).abs().mean() < 6 * grey_level
 
 
 @pytest.mark.parametrize("size", SIZES_TRIED)

@@ -8,6 +8,7 @@ import pytest
 
 from openjepa import cli
 from openjepa.bench import parts
+from openjepa.evaluate import linear
 from openjepa.recipes import demo
 
 
@@ -17,6 +18,7 @@ def small(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
     recipe = replace(tiny, model=replace(tiny.model, image_size=(32, 32)))
     monkeypatch.setattr(demo, "ijepa_scenes", lambda: recipe)
+    monkeypatch.setattr(linear, "STEPS", 60)
     for name, scenes in (("TRAIN", "scenes:48"), ("LABELLED", "scenes:96"), ("TEST", "scenes:96-160")):
         monkeypatch.setattr(demo, name, scenes)
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.errors import UserError
-from openjepa.recipes.pretrain import build, load, pretrain, saved_recipe
+from openjepa.recipes.exchange import load
+from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override, to_yaml
 from openjepa.recipes.report import report
 

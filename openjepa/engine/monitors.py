@@ -79,7 +79,11 @@ def token_counts(masks: Masks) -> dict[str, float]:
 
 
 def collapse_warning(statistics: dict[str, float], images: int, width: int) -> str | None:
-    """A plain sentence when the target features say less and less about the image; fewer than eight tell nothing."""
+    """A plain sentence when the target features say less and less about the image; fewer than eight tell nothing.
+
+    The rank's limit lies between runs measured on the scenes (width 192): those that learned had 12 to 30, one with three
+    times the learning rate had 5 and ended below random weights, its spread still 0.6.
+    """
     if images < 8:
         return None
     if statistics["feature_std"] > 0.1 and statistics["feature_rank"] > 0.05 * width:

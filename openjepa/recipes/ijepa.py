@@ -9,6 +9,7 @@ from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import DataConfig
 from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
+from openjepa.methods.ijepa import LossConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 from openjepa.recipes.recipe import Recipe
@@ -33,17 +34,19 @@ def ijepa_scenes() -> Recipe:
 
 
 def ijepa_cifar10_cpu() -> Recipe:
-    """32-pixel images such as CIFAR-10's, about 30 minutes on 2 cores; the paper's loss, nothing added.
+    """32-pixel images such as CIFAR-10's, about 30 minutes on 2 cores; with C-JEPA's variance and covariance terms.
 
     openjepa pretrain --recipe ijepa_cifar10_cpu --data cifar10/train.parquet --out runs/cifar10
-    Measured on 2 cores with AVX-512 bf16, seed 0: README, "Results".
+    Measured on 2 cores with fast bf16, seed 0: README, "Results". The two terms keep the features spread out, which in so
+    few steps the paper's loss alone does not.
     """
     return Recipe(
         model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6),
         predictor=PredictorConfig(width=96, depth=3),
+        loss=LossConfig(variance=0.25, covariance=0.01),
         data=DataConfig(batch_size=32),
-        optim=OptimConfig(lr=4e-4, start_lr=5e-5, final_weight_decay=0.04),
-        schedule=ScheduleConfig(epochs=6, warmup_epochs=0.5, ema=(0.997, 1.0)),
+        optim=OptimConfig(lr=5e-4, start_lr=5e-5, final_weight_decay=0.04),
+        schedule=ScheduleConfig(epochs=12, warmup_epochs=0.5, ema=(0.996, 0.9995)),
         monitors=MonitorsConfig(log_every=250),
     )
 

@@ -142,7 +142,9 @@ def saved_recipe(run: Path) -> Recipe:
 
 
 def saved_data(run: Path) -> dict[str, Any]:
-    """What a run was trained on."""
+    """What a run was trained on. Raises UserError for an imported run that has not trained here."""
+    if not (run / "data.json").exists():
+        raise UserError(f"{run} has seen no images yet: openjepa pretrain --out {run} --data SPEC")
     loaded: dict[str, Any] = json.loads((run / "data.json").read_text())
     return loaded
 
