@@ -50,19 +50,27 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
+    from dataclasses import replace
+
+    from openjepa.convert import formats
     from openjepa.convert.names import Told
     from openjepa.recipes.exchange import import_weights
-    from openjepa.recipes.recipe import Recipe, from_dict, override
+    from openjepa.recipes.recipe import from_dict, parse
 
     values = pairs(rest)
-    told = from_dict(Told, {name: yaml_value(values.pop(f"model.{name}")) for name in ("heads", "image_size")
-                            if f"model.{name}" in values}, "model")  # fmt: skip
-    base = chosen(args) or Recipe()
-    given = bool(args.recipe or args.config)
-    recipe, step, notes = import_weights(args.source, Path(args.out), override(base, values), told, given)
-    model = recipe.model
+    said = {name: values.pop(f"model.{name}") for name in ("heads", "image_size") if f"model.{name}" in values}
+    told = from_dict(Told, {name: parse(f"model.{name}", text) for name, text in said.items()}, "model")
+    base = chosen(args)
+    if base:
+        told = Told(told.heads or base.model.heads, told.image_size or base.model.image_size)
+    imported = formats.read(args.source, told)
+    if base and args.config and is_released(Path(args.config)):  # its batch size is that of one process
+        batch = base.data.batch_size * imported.processes
+        base = replace(base, data=replace(base.data, batch_size=batch))
+    notes = import_weights(imported, args.source, Path(args.out), base, values)
+    model = imported.model
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
-    print(f"{args.out}: {size}, images of {model.image_size[0]}x{model.image_size[1]}, step {step}")
+    print(f"{args.out}: {size}, images of {model.image_size[0]}x{model.image_size[1]}, step {imported.step}")
     for note in notes:
         print(f"note: {note}")
     print(
@@ -73,12 +81,13 @@ def import_(args: argparse.Namespace, rest: list[str]) -> None:
 def export(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.convert.names import Told
     from openjepa.recipes.exchange import export
-    from openjepa.recipes.recipe import from_dict
+    from openjepa.recipes.recipe import from_dict, parse
 
     refuse(rest)
-    size = from_dict(Told, {"image_size": yaml_value(args.image_size)}, "--").image_size if args.image_size else None
-    line = export(args.source, args.format, Path(args.out), args.network, size)
-    what = "all networks and the optimiser" if args.format == "released" else args.network.replace("_", " ")
+    size = {"image_size": parse("image-size", args.image_size)} if args.image_size else {}
+    told = from_dict(Told, size, "model")
+    line = export(args.source, args.format, Path(args.out), args.network, told.image_size)
+    what = "all networks and the optimiser" if args.format == "released" else args.network or "target_encoder"
     print(f"{what} written to {args.out}\nload: {line}")
 
 
@@ -187,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="RUN")
     p.add_argument("--format", required=True, metavar="FORMAT", help="hf, timm, onnx, safetensors or released")
     p.add_argument("--out", metavar="DIR", required=True)
-    p.add_argument("--network", default="target_encoder", choices=("target_encoder", "encoder", "predictor"))
+    p.add_argument("--network", choices=("target_encoder", "encoder", "predictor"), help="target_encoder unless told")
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the run's: positions are interpolated")
 
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
@@ -211,12 +220,6 @@ def chosen(args: argparse.Namespace) -> Any:
     return read(Path(args.config)) if args.config else None
 
 
-def yaml_value(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(f"[{text}]" if "," in text and not text.startswith("[") else text)
-
-
 def named(name: str) -> Any:
     from openjepa.recipes.ijepa import RECIPES
 
@@ -226,17 +229,28 @@ def named(name: str) -> Any:
 
 
 def read(file: Path) -> Any:
-    import yaml
-
     from openjepa.convert import recipe as released
     from openjepa.engine import parallel
     from openjepa.recipes.recipe import Recipe, from_dict
 
+    values = read_yaml(file)
+    if released.is_released(values):
+        print(f"{file.name} is a released recipe; not used here: {', '.join(released.unused(values))}", file=sys.stderr)
+        values = released.translate(values, parallel.world_size())
+    return from_dict(Recipe, values)
+
+
+def is_released(file: Path) -> bool:
+    from openjepa.convert import recipe as released
+
+    return released.is_released(read_yaml(file))
+
+
+def read_yaml(file: Path) -> Any:
+    import yaml
+
     try:
-        values = yaml.safe_load(file.read_text())
-        if released.is_released(values):
-            values = released.translate(values, parallel.world_size())
-        return from_dict(Recipe, values)
+        return yaml.safe_load(file.read_text())
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -77,7 +77,9 @@ def test_public_names_are_there():
         ("export {tmp}/none --format hff --out {tmp}/r", "did you mean 'hf'"),
         ("export {tmp}/none --format released --out {tmp}/r", "is not a run"),
         ("export {tmp}/none --format hf --out {tmp}", "is not empty"),
-        ("export {tmp}/none --format hf --out {tmp}/r --image-size 3", "image_size"),
+        ("export {tmp}/none --format hf --out {tmp}/r --image-size 3,4,5", "expected 2 numbers"),
+        ("export {tmp}/none --format released --network encoder --out {tmp}/r", "leave --network out"),
+        ("import {tmp}/file --out {tmp}/r --model.heads [3", "not a value"),
     ],
 )
 def test_mistakes_get_one_line_and_status_two(monkeypatch, capsys, tmp_path, words, says):

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from openjepa.convert import hf, native, onnx, released, timm
-from openjepa.convert.names import Imported, State, Told, finite
+from openjepa.convert.names import Imported, State, Told, tensors
 from openjepa.errors import UserError, first_line
 from openjepa.models.encoder import Encoder
 
 
 def write_hf(folder: Path, encoder: Encoder) -> str:
     hf.write(folder, encoder)
-    return f"transformers.AutoModel.from_pretrained('{folder}')"
+    return f"transformers.AutoModel.from_pretrained({str(folder)!r})"
 
 
 def write_onnx(folder: Path, encoder: Encoder) -> str:
     onnx.write(folder / "encoder.onnx", encoder)
-    return f"onnxruntime.InferenceSession('{folder / 'encoder.onnx'}')"
+    return f"onnxruntime.InferenceSession({str(folder / 'encoder.onnx')!r})"
 
 
 def write_safetensors(folder: Path, encoder: Encoder) -> str:
     file = folder / f"{encoder.network}.safetensors"
     native.write(file, encoder)
-    return f"openjepa.load('{file}')"
+    return f"openjepa.load({str(file)!r})"
 
 
 # From an encoder to files in an empty folder; each returns the line of Python that loads them.
@@ -42,69 +43,106 @@ FORMATS = (*WRITERS, "released")
 
 
 def read(source: str, told: Told) -> Imported:
-    """Whatever a path, or hf:NAME, turns out to be. Raises UserError."""
-    if source.startswith("hf:"):
-        return checked(hf.read(source.removeprefix("hf:"), told), source)
-    path = Path(source)
+    """Whatever a path, or hf:NAME, turns out to be. Raises UserError, in one line whatever the file holds."""
+    try:
+        found = (
+            read_hub(source.removeprefix("hf:"), told) if source.startswith("hf:") else read_path(Path(source), told)
+        )
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{source} is not what it looks like: {type(error).__name__}: {first_line(error)}") from error
+    return replace(
+        found, weights={network: {k: v.float() for k, v in state.items()} for network, state in found.weights.items()}
+    )
+
+
+def read_hub(name: str, told: Told) -> Imported:
+    return read_folder(hf.download(name), told)
+
+
+def read_path(path: Path, told: Told) -> Imported:
     if path.is_dir():
-        return checked(read_folder(path, told), source)
+        return read_folder(path, told)
     if not path.is_file():
-        raise UserError(f"{source}: no such file or folder (hf:ORGANISATION/NAME is a model of the Hugging Face hub)")
+        raise UserError(f"{path}: no such file or folder (hf:ORGANISATION/NAME is a model of the Hugging Face hub)")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is a graph that cannot be read back: give the run, or use it with onnxruntime")
     if path.suffix == ".safetensors":
         state, header = read_safetensors(path)
         if native.KEY in header:
-            return checked(native.read(state, header, source), source)
-        return checked(timm.read(state, told, source, beside(path)), source)
+            return native.read(state, header, str(path))
+        if native.PREDICTOR in header:
+            raise UserError(f"{path} is a predictor, which no encoder is in")
+        return timm.read(state, told, str(path), beside(path))
     saved = released.read_pickle(path)
     if released.is_released(saved):
-        return checked(released.read(saved, told, source), source)
+        return released.read(saved, told, str(path))
     if isinstance(saved, Mapping) and "pos_embed" in saved:
-        return checked(timm.read(dict(saved), told, source, beside(path)), source)
+        return timm.read(tensors(saved, str(path)), told, str(path), beside(path))
     raise UserError(
-        f"{source} is neither a released checkpoint (encoder, predictor, target_encoder) nor an encoder's weights "
+        f"{path} is neither a released checkpoint (encoder, predictor, target_encoder) nor an encoder's weights "
         f"(pos_embed, blocks.0…): it has {contents(saved)}"
     )
 
 
 def read_folder(path: Path, told: Told) -> Imported:
-    """A folder of Hugging Face's or timm's, told apart by its config.json."""
-    about = config_json(path)
+    """A folder of Hugging Face's or timm's, told apart by its config.json, or one that holds a single file of weights."""
+    if (path / "recipe.yaml").exists():
+        raise UserError(f"{path} is a run: export it to take its weights elsewhere, or go on with it as it is")
+    about = config_json(path / "config.json")
     if about.get("model_type") == "ijepa":
-        return hf.read(str(path), told)
-    if "architecture" in about and (path / "model.safetensors").exists():
-        return timm.read(read_safetensors(path / "model.safetensors")[0], told, str(path), about)
+        return hf.read(about, config_json(path / "preprocessor_config.json"), weights_of(path), told, str(path))
+    if "architecture" in about:
+        return timm.read(weights_of(path), told, str(path), about)
+    if kind := about.get("model_type"):
+        raise UserError(f"{path} is a model of type '{kind}', not 'ijepa'")
+    files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".tar", ".onnx")]
+    if len(files) == 1:
+        return read_path(files[0], told)
     raise UserError(
-        f"{path} is neither a run nor an exported model: it has no recipe.yaml and no config.json of a kind known"
+        f"{path} is neither a run nor an exported model: it has no recipe.yaml, config.json or single file of weights"
     )
+
+
+def weights_of(folder: Path) -> State:
+    """All weights of a Hugging Face or timm folder, in one file or several."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
+    if files := sorted(folder.glob("pytorch_model*.bin")):
+        return {k: v for file in files for k, v in tensors(released.read_pickle(file), str(file)).items()}
+    raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
 def beside(file: Path) -> dict[str, Any]:
     """timm's config.json in the folder of a file, if it is there."""
-    about = config_json(file.parent)
+    about = config_json(file.parent / "config.json")
     return about if "architecture" in about else {}
 
 
-def config_json(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+def config_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no file. Raises UserError for a damaged one."""
+    if not file.exists():
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({first_line(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return found
 
 
 def read_safetensors(file: Path) -> tuple[State, Mapping[str, str]]:
     """Tensors and header. Raises UserError for a damaged file."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read as safetensors ({first_line(error)}): is it whole?") from error
-
-
-def checked(found: Imported, where: str) -> Imported:
-    for network, state in found.weights.items():
-        finite(state, f"{where}'s {network}")
-    return found
+    return tensors(state, str(file)), header
 
 
 def contents(saved: Any) -> str:

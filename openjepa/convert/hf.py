@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor
 
 from openjepa.convert.names import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Imported,
     State,
     Told,
     check_plain,
     encoder_config,
+    given_statistics,
     with_positions,
     without_positions,
 )
@@ -96,35 +96,41 @@ def processor(encoder: Encoder) -> Any:
     return library.ViTImageProcessor(size={"height": height, "width": width}, **common)
 
 
-def read(name: str, told: Told) -> Imported:
-    """An `IJepaModel` from a folder or the hub. Raises UserError."""
-    library = transformers()
+def download(name: str) -> Path:
+    """A model of the hub, in the hub's own cache. Raises UserError."""
+    with needs("hf"):
+        import huggingface_hub
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        model = library.IJepaModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be read as an IJepaModel ({first_line(error)})") from error
-    config = model.config
-    size = config.image_size
-    told = Told(
-        heads=config.num_attention_heads,
-        image_size=told.image_size or ((size, size) if isinstance(size, int) else (size[0], size[1])),
-    )
-    state = to_ours(model.state_dict(), name)
-    vit = encoder_config(state, told, name)
-    state = without_positions(state, "pos_embed", vit.grid, name)
+        kept = ["*.json", "*.safetensors", "pytorch_model*.bin"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=kept))
+    except Exception as error:  # the hub's, the network's and the disk's errors share no class
+        raise UserError(f"hf:{name} cannot be fetched ({first_line(error)})") from error
+
+
+def read(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, told: Told, where: str) -> Imported:
+    """An `IJepaModel` from what its folder holds: config.json, preprocessor_config.json and the weights.
+
+    Raises UserError for what computes something else than an I-JEPA's encoder, and for weights that are missing or extra.
+    """
+    computes = {"layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
+    for name, expected in computes.items():
+        if config.get(name, expected) != expected:
+            raise UserError(f"{where} has {name} {config[name]!r}: I-JEPA's encoders have {expected!r}")
+    size, heads = config["image_size"], config["num_attention_heads"]
+    if told.heads not in (None, heads):
+        raise UserError(f"{where} says that it has {heads} heads, not {told.heads}")
+    known = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    own = to_ours({name.removeprefix("ijepa."): value for name, value in state.items()}, where)
+    vit = encoder_config(own, Told(heads=heads, image_size=told.image_size or known), where)
+    own = without_positions(own, "pos_embed", vit.grid, where)
     with torch.device("meta"):
-        check_fit(ViT(vit).state_dict(), state, name)
-    mean, std = statistics(name)
-    return Imported(vit, {"target_encoder": state}, mean=mean, std=std)
-
-
-def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and deviation of the model's image processor, or ImageNet's where there is none."""
-    try:
-        found = transformers().AutoImageProcessor.from_pretrained(name)
-        return tuple(found.image_mean), tuple(found.image_std)
-    except (OSError, ValueError):
-        return IMAGENET_MEAN, IMAGENET_STD
+        check_fit(ViT(vit).state_dict(), own, where)
+    if processor.get("do_normalize", True):
+        mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), vit.channels, where)
+    else:
+        mean, std = (0.0,) * vit.channels, (1.0,) * vit.channels
+    return Imported(vit, {"target_encoder": own}, mean=mean, std=std)
 
 
 def to_theirs(state: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> State:

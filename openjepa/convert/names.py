@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class Imported:
     predictor: PredictorConfig | None = None
     optimizer: State = field(default_factory=dict)
     step: int = 0
-    batch_size: int | None = None  # images in a step, where the file knows
+    batch_size: int | None = None  # images in a step over all processes, where the file knows
+    processes: int = 1
+    header: dict[str, Any] = field(default_factory=dict)  # what else a released checkpoint says of itself
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -67,19 +70,22 @@ def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTCo
         raise UserError(f"{where} has a class token ('cls_token'): I-JEPA's encoders have none")
     depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
     known = [(name, values) for name, values in SIZES.items() if values[0] == width]
-    heads = told.heads or (known[0][1][2] if known else None)
+    heads = told.heads if told.heads is not None else (known[0][1][2] if known else None)
     if heads is None:
         widths = ", ".join(f"{values[0]} ({name})" for name, values in SIZES.items())
         raise UserError(
-            f"{where} is {width} wide, and no known size is ({widths}): say its number of heads with --model.heads"
+            f"{where} is {width} wide, and no known size is ({widths}): say its number of heads, "
+            "openjepa import --model.heads N or openjepa.load(…, heads=N)"
         )
     side = math.isqrt(tokens)
     image_size = told.image_size or (side * patch, side * patch)
     if (image_size[0] // patch) * (image_size[1] // patch) != tokens:
+        here = f"{where} has {tokens} patches of {patch} pixels"
+        if told.image_size:
+            raise UserError(f"{here}: that is not an image of {image_size[0]}x{image_size[1]}")
         raise UserError(
-            f"{where} has {tokens} patches of {patch} pixels: "
-            + ("that is not" if told.image_size else "no square image has as many, say with --model.image_size")
-            + (f" an image of {image_size[0]}x{image_size[1]}" if told.image_size else " HEIGHT,WIDTH")
+            f"{here}, and no square image has as many: say its size, openjepa import --model.image_size H,W or "
+            "openjepa.load(…, image_size=(H, W))"
         )
     return ViTConfig(
         size=known[0][0] if known else "Ti",
@@ -98,7 +104,7 @@ def mlp_ratio(width: int, hidden: int) -> float:
     for ratio in sorted({values[3] for values in SIZES.values()}):
         if int(width * ratio) == hidden:
             return ratio
-    return hidden / width
+    return (hidden + 0.5) / width  # so that the whole part of width * ratio is hidden, whatever the rounding
 
 
 def predictor_config(state: Mapping[str, Tensor], where: str) -> PredictorConfig:
@@ -116,10 +122,11 @@ def check_positions(stored: Tensor, grid: tuple[int, int], where: str) -> None:
     fixed = sincos_positions(grid, stored.shape[-1])
     if stored.shape[1:] != fixed.shape:
         raise UserError(f"{where} has shape {list(stored.shape)}: expected {[1, *fixed.shape]}")
-    error = float((stored[0].float() - fixed).abs().max())
+    error = float((stored[0] - fixed.to(stored.dtype)).abs().max())
     if not error < 1e-5:
         raise UserError(
-            f"{where} are not the fixed sine-cosine positions of a {grid[0]}x{grid[1]} grid (off by {error:.2g})"
+            f"{where} are not the fixed sine-cosine positions of a {grid[0]}x{grid[1]} grid (off by {error:.2g}): "
+            "they were learned, or interpolated to another image size"
         )
 
 
@@ -138,6 +145,18 @@ def with_positions(encoder: ViT) -> State:
     return {"pos_embed": encoder.get_buffer("positions")[None], **encoder.state_dict()}
 
 
+def given_statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation that a file gives, or else ImageNet's (0.5 where there are not three channels)."""
+    grey = (0.5,) * channels
+    mean = tuple(map(float, mean)) if mean is not None else IMAGENET_MEAN if channels == 3 else grey
+    std = tuple(map(float, std)) if std is not None else IMAGENET_STD if channels == 3 else grey
+    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+        raise UserError(
+            f"{where} normalises by mean {mean} and deviation {std}: one number above 0 for each of {channels} channels"
+        )
+    return mean, std
+
+
 def check_plain(model: ViTConfig, form: str) -> None:
     """Raises UserError for what I-JEPA's own encoders do not have and a format therefore cannot carry."""
     extras = {"class_token": model.class_token, "registers": model.registers, "layer_scale": model.layer_scale is not None,
@@ -146,8 +165,13 @@ def check_plain(model: ViTConfig, form: str) -> None:
         raise UserError(f"{form} cannot carry {', '.join(used)}: export as safetensors or onnx")
 
 
-def finite(state: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError naming a tensor that is not finite."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def tensors(state: Mapping[Any, Any], where: str) -> State:
+    """A state dict that holds what one should: names and dense, finite, floating-point tensors. Raises UserError."""
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{where} holds {name!r}, which is no tensor of weights")
+        if not value.is_floating_point():
+            raise UserError(f"{where}: {name} has numbers of type {value.dtype}, not floating-point ones")
+        if not torch.isfinite(value).all():
             raise UserError(f"{where}: {name} is not finite")
+    return dict(state)

@@ -59,6 +59,18 @@ def is_released(values: Any) -> bool:
     return isinstance(values, Mapping) and ("meta" in values or "optimization" in values)
 
 
+REQUIRED = ("data.batch_size", "data.crop_size", "mask.patch_size", "meta.model_name")
+SWITCHES = tuple(
+    n for n in (*PLAIN, *BY_HAND) if n.partition(".")[2].startswith(("use_", "allow_", "copy_", "load_", "pin_"))
+)
+COUNTS = ("data.batch_size", "data.crop_size", "mask.patch_size")
+
+
+def unused(values: Mapping[str, Any]) -> list[str]:
+    """The keys of a released recipe that say what the command line says here, or change nothing."""
+    return [name for name in flatten(values) if name in PLAIN and PLAIN[name] is None]
+
+
 def translate(values: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     """A released recipe as one of ours, in plain dictionaries.
 
@@ -69,6 +81,13 @@ def translate(values: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     for name in flat:
         if name not in PLAIN and name not in BY_HAND:
             raise UserError(f"unknown key '{name}' in a released recipe{nearest(name, [*PLAIN, *BY_HAND])}")
+    for name in REQUIRED:
+        if name not in flat:
+            raise UserError(f"a released recipe needs '{name}', and this one has none")
+    for kind, names, what in ((bool, SWITCHES, "true or false"), (int, COUNTS, "a whole number")):
+        for name in names:
+            if name in flat and type(flat[name]) is not kind:
+                raise UserError(f"{name} is {flat[name]!r}: expected {what}")
     refusals = {
         "mask.allow_overlap": "contexts that overlap their targets are not drawn here: set it to false",
         "data.use_color_distortion": "no released recipe does and its mixture is not known here: set it to false and give "
@@ -85,15 +104,12 @@ def translate(values: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     for name, value in flat.items():
         if target := PLAIN.get(name):
             put(tree, target, value)
-    if "data.batch_size" in flat:
-        put(tree, "data.batch_size", flat["data.batch_size"] * processes)
-    if "data.crop_size" in flat:
-        put(tree, "model.image_size", [flat["data.crop_size"]] * 2)
-    if "meta.model_name" in flat:
-        name = flat["meta.model_name"]
-        if name not in SIZES:
-            raise UserError(f"meta.model_name is '{name}': one of {', '.join(SIZES)}{nearest(str(name), SIZES)}")
-        put(tree, "model.size", SIZES[name])
+    put(tree, "data.batch_size", flat["data.batch_size"] * processes)
+    put(tree, "model.image_size", [flat["data.crop_size"]] * 2)
+    size = str(flat["meta.model_name"])
+    if size not in SIZES:
+        raise UserError(f"meta.model_name is '{size}': one of {', '.join(SIZES)}{nearest(size, SIZES)}")
+    put(tree, "model.size", SIZES[size])
     if "meta.use_bfloat16" in flat:
         put(tree, "precision", "bf16" if flat["meta.use_bfloat16"] else "fp32")
     if flat.get("data.use_horizontal_flip"):

@@ -8,6 +8,7 @@ A pickle of `encoder`, `predictor`, `target_encoder` (parameters under `module.`
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from openjepa.convert.names import (
     Told,
     check_plain,
     encoder_config,
+    given_statistics,
     predictor_config,
+    tensors,
     without_positions,
 )
 from openjepa.errors import UserError, first_line
@@ -33,6 +36,7 @@ from openjepa.models.weights import check_fit
 NETWORKS = ("encoder", "predictor", "target_encoder")
 POSITIONS = {"encoder": "pos_embed", "predictor": "predictor_pos_embed", "target_encoder": "pos_embed"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HEADER = ("epoch", "loss", "batch_size", "world_size", "lr")
 
 
 def read_pickle(file: Path) -> Any:
@@ -40,11 +44,12 @@ def read_pickle(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "is damaged" if "Weights only load failed" not in str(error) else "holds more than weights"
-        raise UserError(
-            f"{file} {reason} and is refused: what it asks for could run code of its author ({first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if wants := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{file} is refused: it asks for {wants[1]}, and what is more than weights could run code of its author"
+            ) from error
+        raise UserError(f"{file} is no checkpoint, or a damaged one: is it whole?") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{file} cannot be read as a checkpoint ({first_line(error)}): is it whole?") from error
 
 
@@ -57,7 +62,10 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
     for network in NETWORKS:
         if not isinstance(saved.get(network), Mapping):
             raise UserError(f"{where} has no '{network}': a released checkpoint holds {', '.join(NETWORKS)}")
-    raw = {network: {k.removeprefix("module."): v for k, v in saved[network].items()} for network in NETWORKS}
+    raw = {
+        network: {k.removeprefix("module."): v for k, v in tensors(saved[network], f"{where}'s {network}").items()}
+        for network in NETWORKS
+    }
     model = encoder_config(raw["target_encoder"], told, f"{where}'s target_encoder")
     own: dict[str, State] = {}
     for network, state in raw.items():
@@ -70,15 +78,14 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
     for network, expected in shapes(model, predictor).items():
         check_fit(expected, own[network], f"{where}'s {network}")
     optimizer, step = read_optimizer(saved.get("opt"), raw, where)
-    batch = saved.get("batch_size")
-    return Imported(
-        model,
-        own,
-        predictor,
-        optimizer,
-        step,
-        batch * int(saved.get("world_size", 1)) if isinstance(batch, int) else None,
-    )
+    mean, std = given_statistics(saved.get("mean"), saved.get("std"), model.channels, where)
+    header = {k: saved[k] for k in HEADER if isinstance(saved.get(k), int | float)}
+    if groups := (saved.get("opt") or {}).get("param_groups"):
+        header["weight_decay"] = groups[0].get("weight_decay")
+    batch, processes = header.get("batch_size", 0), header.get("world_size", 1)
+    if not (isinstance(batch, int) and isinstance(processes, int) and batch >= 0 and processes >= 1):
+        raise UserError(f"{where} has batch_size {batch} and world_size {processes}: expected whole numbers above 0")
+    return Imported(model, own, predictor, optimizer, step, batch * processes or None, processes, header, mean, std)
 
 
 def shapes(model: ViTConfig, predictor: PredictorConfig) -> dict[str, State]:
@@ -117,6 +124,8 @@ def read_optimizer(opt: Any, raw: Mapping[str, State], where: str) -> tuple[Stat
     """AdamW's moments under our parameters' names, and the step; nothing if the file has none."""
     if not isinstance(opt, Mapping) or not opt.get("state"):
         return {}, 0
+    if any(group.get("amsgrad") for group in opt["param_groups"]):
+        raise UserError(f"{where}'s optimiser is AMSGrad, which is not done here")
     groups = order(raw)
     stored = [group["params"] for group in opt["param_groups"]]
     if [len(g) for g in stored] != [len(g) for g in groups]:
@@ -124,7 +133,7 @@ def read_optimizer(opt: Any, raw: Mapping[str, State], where: str) -> tuple[Stat
             f"{where}'s optimiser has groups of {[len(g) for g in stored]} parameters: expected {[len(g) for g in groups]}"
         )
     found: State = {}
-    step = 0
+    steps: set[float] = set()
     for names, indices in zip(groups, stored, strict=True):
         for (network, name), index in zip(names, indices, strict=True):
             if name == POSITIONS[network]:
@@ -134,20 +143,25 @@ def read_optimizer(opt: Any, raw: Mapping[str, State], where: str) -> tuple[Stat
             if entry is None:
                 raise UserError(f"{where}'s optimiser has no state for {network}.{name}")
             for moment in MOMENTS:
-                if moment not in entry or entry[moment].shape != raw[network][name].shape:
+                tensor = tensors({moment: entry.get(moment)}, f"{where}'s optimiser, {network}.{name}")[moment]
+                if tensor.shape != raw[network][name].shape:
                     raise UserError(f"{where}'s optimiser has no {moment} that fits {network}.{name}")
-                found[f"{own}/{moment}"] = entry[moment].float()
+                found[f"{own}/{moment}"] = tensor.float()
+            steps.add(float(entry["step"]))
             found[f"{own}/step"] = torch.tensor(float(entry["step"]))
-            step = max(step, int(entry["step"]))
-    return found, step
+    extra = set(opt["state"]) - {index for indices in stored for index in indices}
+    if extra or len(steps) != 1 or not (step := steps.pop()) >= 0:
+        raise UserError(f"{where}'s optimiser has state of other parameters, or steps that disagree")
+    return found, int(step)
 
 
 def write(file: Path, model: ViTConfig, predictor: PredictorConfig, weights: Mapping[str, State], optimizer: State,
           about: dict[str, Any]) -> None:  # fmt: skip
     """All three networks and the optimiser in the released layout.
 
-    weights: by network, this project's names. about: epoch, loss, batch_size, world_size, lr, weight_decay. Raises
-    UserError for networks that the layout cannot carry.
+    weights: by network, this project's names. about: epoch, loss, batch_size, world_size, lr, weight_decay, betas, eps, and
+    the images' mean and std, which the release has no place for and does not look at. Raises UserError for networks that
+    the layout cannot carry.
     """
     check_plain(model, "the released layout")
     ordered = {n: {k: weights[n][k] for k in expected} for n, expected in shapes(model, predictor).items()}
@@ -156,7 +170,7 @@ def write(file: Path, model: ViTConfig, predictor: PredictorConfig, weights: Map
         for network in NETWORKS
     }
     about = dict(about)
-    decay = about.pop("weight_decay")
+    rates = {name: about.pop(name) for name in ("weight_decay", "betas", "eps")}
     groups, state, index = [], {}, 0
     for number, names in enumerate(order(states)):
         indices = []
@@ -167,7 +181,7 @@ def write(file: Path, model: ViTConfig, predictor: PredictorConfig, weights: Map
                 state[index] = entry
             indices.append(index)
             index += 1
-        group: dict[str, Any] = {"lr": about["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
+        group: dict[str, Any] = {"lr": about["lr"], **rates}
         if number >= 2:
             group |= {"WD_exclude": True, "weight_decay": 0}
         groups.append({**group, "amsgrad": False, "params": indices})

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from openjepa.convert.names import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Imported,
     State,
     Told,
     check_plain,
     encoder_config,
+    given_statistics,
     with_positions,
     without_positions,
 )
@@ -60,8 +59,8 @@ def write(folder: Path, encoder: Encoder) -> str:
     }
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
     extra = "".join(f", {k}={v!r}" for k, v in arguments.items())
-    file = folder / "model.safetensors"
-    return f"timm.create_model('{architecture}', num_classes=0, checkpoint_path='{file}'{extra})"
+    file = str(folder / "model.safetensors")
+    return f"timm.create_model({architecture!r}, num_classes=0, checkpoint_path={file!r}{extra})"
 
 
 def model_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
@@ -87,8 +86,8 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     statistics, arguments = about.get("pretrained_cfg", {}), about.get("model_args", {})
     size = arguments.get("img_size")
     told = Told(
-        heads=told.heads or arguments.get("num_heads"),
-        image_size=told.image_size or ((size[0], size[1]) if isinstance(size, list) else None),
+        heads=told.heads if told.heads is not None else arguments.get("num_heads"),
+        image_size=told.image_size or ((int(size[0]), int(size[1])) if isinstance(size, list) else None),
     )
     if any(name.startswith("fc_norm.") for name in state):
         raise UserError(f"{where} normalises after pooling ('fc_norm'): I-JEPA's encoders normalise each patch")
@@ -96,5 +95,5 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     state = without_positions(state, "pos_embed", config.grid, where)
     with torch.device("meta"):
         check_fit(ViT(config).state_dict(), state, where)
-    mean, std = (tuple(statistics.get(k, default)) for k, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    mean, std = given_statistics(statistics.get("mean"), statistics.get("std"), config.channels, where)
     return Imported(config, {"target_encoder": state}, mean=mean, std=std)

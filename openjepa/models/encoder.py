@@ -22,7 +22,10 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        elif not images.is_floating_point():
+            raise ValueError(f"images of type {images.dtype}: give uint8 from 0 to 255, or floating point from 0 to 1")
         return (images - self.get_buffer("mean")) / self.get_buffer("std")
 
 
@@ -46,6 +49,8 @@ class Encoder(nn.Module):
         images: as for a call. pool: mean gives one vector an image, [B, layers * D], the last block's last; none keeps
         the patches, [B, N, layers * D].
         """
+        if layers < 1 or pool not in ("mean", "none"):
+            raise ValueError(f"layers {layers}, pool '{pool}': at least one layer, and a pool of mean or none")
         outputs = self.vit.intermediate(self.normalise(images), self.vit.last(layers))
         return torch.cat([o.mean(1) if pool == "mean" else o for o in outputs], dim=-1)
 

@@ -192,6 +192,8 @@ class PatchEmbed(nn.Module):
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] to [B, N, C * P * P], patches in row-major order, each in the order channel, row, column."""
+    if images.ndim != 4:
+        raise ValueError(f"images of shape {list(images.shape)}: give [batch, channels, height, width]")
     b, c, h, w = images.shape
     p = patch_size
     x = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)

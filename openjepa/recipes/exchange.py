@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import shutil
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from openjepa.convert import formats, released
+from openjepa.convert import formats, native, released
 from openjepa.convert.names import Imported, Told
 from openjepa.engine import checkpoint
 from openjepa.engine.checkpoint import Checkpoint
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import environment, read_metrics, write_whole
-from openjepa.errors import UserError, nearest
+from openjepa.errors import UserError, first_line, nearest
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
 from openjepa.recipes.pretrain import build, saved_data, saved_recipe
-from openjepa.recipes.recipe import Recipe, differences, to_yaml
+from openjepa.recipes.recipe import Recipe, differences, override, to_yaml
 
 NETWORKS = ("target_encoder", "encoder", "predictor")
 
 
-def load(source: str | Path, network: str = "target_encoder") -> Encoder:
+def load(
+    source: str | Path,
+    network: str | None = None,
+    heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Encoder:
     """An encoder on the CPU, ready for inference.
 
     source: a run (its newest checkpoint), one of its checkpoint folders, an exported file or folder, a released
-    checkpoint, a Hugging Face or timm folder, or hf:NAME. network: target_encoder (what every evaluation uses) or
-    encoder (the context encoder). Raises UserError.
+    checkpoint, a Hugging Face or timm folder, or hf:NAME. network: target_encoder (the default, and what every
+    evaluation uses) or encoder (the context encoder). heads, image_size (height, width in pixels): of weights from
+    elsewhere whose shapes do not say it. Raises UserError.
     """
-    if network not in ("target_encoder", "encoder"):
+    if network not in (None, "target_encoder", "encoder"):
         raise UserError(f"network '{network}': one of target_encoder, encoder")
     if is_run(Path(source)):
         folder, found = checkpoint.locate(Path(source))
-        recipe = saved_recipe(folder)
+        recipe, network = saved_recipe(folder), network or "target_encoder"
         weights = network_weights(found, network)
         return ready(ViT(recipe.model), weights, recipe.data.mean, recipe.data.std, network, str(found.path))
-    imported = formats.read(str(source), Told())
+    imported = formats.read(str(source), Told(heads, image_size))
+    network = network or ("target_encoder" if "target_encoder" in imported.weights else next(iter(imported.weights)))
     if network not in imported.weights:
         raise UserError(f"{source} holds no '{network}', only {', '.join(imported.weights)}")
     return ready(ViT(imported.model), imported.weights[network], imported.mean, imported.std, network, str(source))
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run, one of its checkpoints, or a mistaken attempt at either rather than an exported file."""
-    return (path / "recipe.yaml").exists() or path.parent.name == "checkpoints"
+    """Whether a path is a run or one of its checkpoints."""
+    inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name) is not None
+    return (path / "recipe.yaml").exists() or inside
 
 
-def ready(
-    vit: ViT,
-    weights: dict[str, Tensor],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    network: str,
-    where: str,
-) -> Encoder:
+def ready(vit: ViT, weights: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...], network: str,
+          where: str) -> Encoder:  # fmt: skip
     load_strict(vit, weights, where)
     return Encoder(vit.eval().requires_grad_(False), Normalise(mean, std), network).eval()
 
@@ -68,150 +75,177 @@ def network_weights(found: Checkpoint, network: str) -> dict[str, Tensor]:
     return {k.removeprefix(f"{network}."): v for k, v in found.weights().items() if k.startswith(f"{network}.")}
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears as `out` when all went well, and not at all otherwise. Raises UserError."""
+    out = out.absolute().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: choose another --out")
+    made = next((p for p in reversed([out, *out.parents]) if not p.exists()), None)  # the topmost that is new
+    part = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        yield part
+        readable(part)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot write to {out}: {reason}") from error
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        if made and not out.exists():
+            for folder in (out.parent, *out.parent.parents):
+                if folder == made.parent or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+
+def readable(folder: Path) -> None:
+    """The usual permissions: temporary folders, and files that safetensors writes, are closed to others."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 # ---------------------------------------------------------------- import
 
 
-def import_weights(source: str, out: Path, base: Recipe, told: Told, given: bool) -> tuple[Recipe, int, list[str]]:
-    """Make a run of any readable weights, at the step they were saved at.
+def import_weights(imported: Imported, source: str, out: Path, base: Recipe | None = None,
+                   values: Mapping[str, str] | None = None) -> list[str]:  # fmt: skip
+    """Make a run of weights from elsewhere, at the step they were saved at.
 
-    base: the recipe to go on with; given: whether the user chose it, so that its model must be the weights' own. Returns
-    the run's recipe, its step and what a reader should know. Raises UserError; `out` is then not made.
+    base: the recipe that training goes on with, whose networks must be those of the weights; without one, the defaults
+    around them. values: dotted keys that override it. Returns what a reader should know. Raises UserError; `out` is then
+    not made.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
-    imported = formats.read(source, told)
-    recipe = with_architecture(base, imported, given, source)
+    recipe = override(base or around(imported), values or {})
+    predictor = imported.predictor or recipe.predictor
+    if imported.predictor and recipe.predictor.heads == imported.model.n_heads:
+        predictor = replace(predictor, heads=recipe.predictor.heads)  # said, not left to the encoder
+    if changed := differences(replace(recipe, model=imported.model, predictor=predictor), recipe):
+        raise UserError(f"{source} is not of this recipe (its own -> the recipe's: {'; '.join(changed)})")
     method = build(recipe)
     notes = []
     for network in NETWORKS:
         if network in imported.weights:
             load_strict(getattr(method, network), imported.weights[network], f"{source}'s {network}")
-    if "encoder" not in imported.weights:
-        method.encoder.load_state_dict(imported.weights["target_encoder"])
-        notes.append("an encoder alone: the context encoder starts as its copy, the predictor at random")
+    if "predictor" not in imported.weights:
+        (only,) = imported.weights
+        for network in ("encoder", "target_encoder"):
+            getattr(method, network).load_state_dict(imported.weights[only])
+        notes.append(f"it holds an encoder alone ({only}): both encoders start from it, the predictor at random")
     optimizer = build_optimizer(method, recipe.optim)
     if imported.optimizer:
         for name, parameter in checkpoint.learning(method):
             entries = {k.rpartition("/")[2]: v for k, v in imported.optimizer.items() if k.startswith(f"{name}/")}
             optimizer.state[parameter] = dict(entries)
-    elif "encoder" in imported.weights:
-        notes.append("no optimiser state: training would begin at step 0 from these weights")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        state = {"bad_images": {}, "environment": environment(), "imported": source}
-        checkpoint.save(part, imported.step, method, optimizer, state, keep=1)
-        write_whole(part / "recipe.yaml", to_yaml(recipe))
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return recipe, imported.step, notes
+    elif "predictor" in imported.weights:
+        notes.append("it holds no optimiser state: training would begin at step 0 from these weights")
+    if imported.step and imported.batch_size not in (None, recipe.data.batch_size):
+        notes.append(
+            f"its {imported.step} steps were of {imported.batch_size} images, the recipe's are of {recipe.data.batch_size}"
+        )
+    if (recipe.data.mean, recipe.data.std) != (imported.mean, imported.std):
+        notes.append(f"images will be normalised by the recipe's {recipe.data.mean}, not the file's {imported.mean}")
+    with new_folder(out) as folder:
+        state = {"bad_images": {}, "environment": environment(), "imported": source, "header": imported.header}
+        checkpoint.save(folder, imported.step, method, optimizer, state, keep=1)
+        write_whole(folder / "recipe.yaml", to_yaml(recipe))
+    return notes
 
 
-def with_architecture(base: Recipe, imported: Imported, given: bool, source: str) -> Recipe:
-    """The recipe with the networks that the weights belong to."""
-    predictor = imported.predictor or base.predictor
-    if given:
-        if imported.predictor and base.predictor.heads == base.model.n_heads:
-            predictor = replace(predictor, heads=base.predictor.heads)  # said, not left to the encoder
-        own = replace(base, model=imported.model, predictor=predictor)
-        if changed := differences(own, base):
-            raise UserError(f"{source} is not of this recipe ({'; '.join(changed)})")
-        return base
+def around(imported: Imported) -> Recipe:
+    """The default recipe with the networks that the weights belong to."""
+    base = Recipe()
     data = replace(
         base.data, mean=imported.mean, std=imported.std, batch_size=imported.batch_size or base.data.batch_size
     )
-    return replace(base, model=imported.model, predictor=predictor, data=data)
+    return replace(base, model=imported.model, predictor=imported.predictor or base.predictor, data=data)
 
 
 # ---------------------------------------------------------------- export
 
 
-def export(
-    source: str, form: str, out: Path, network: str = "target_encoder", image_size: tuple[int, int] | None = None
-) -> str:
+def export(source: str, form: str, out: Path, network: str | None = None,
+           image_size: tuple[int, int] | None = None) -> str:  # fmt: skip
     """Write one network of a run (or of anything that `load` takes) in another format, into an empty or new folder.
 
-    form: hf, timm, onnx, safetensors, or released (all three networks and the optimiser). image_size: height and width in
-    pixels, where other than the run's; the positions are interpolated once and stored. Returns the line of Python that
-    loads it. Raises UserError; `out` is then not made.
+    form: hf, timm, onnx, safetensors, or released (all three networks and the optimiser). network: target_encoder (the
+    default), encoder or predictor. image_size: height and width in pixels, where other than the run's; the positions are
+    interpolated once and stored. Returns the line of Python that loads it. Raises UserError; `out` is then not made.
     """
     if form not in formats.FORMATS:
         raise UserError(f"unknown format '{form}': one of {', '.join(formats.FORMATS)}{nearest(form, formats.FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        line = write(source, form, part, network, image_size)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return line.replace(str(part), str(out))
-
-
-def write(source: str, form: str, folder: Path, network: str, image_size: tuple[int, int] | None) -> str:
-    """Into an existing empty folder."""
+    if network not in (None, *NETWORKS):
+        raise UserError(f"network '{network}': one of {', '.join(NETWORKS)}")
+    if form == "released" and network:
+        raise UserError("the released layout holds all three networks: leave --network out")
     if image_size and (network == "predictor" or form not in ("hf", "timm", "onnx")):
-        raise UserError(
-            f"{form} stores no positions, so that --image-size has no place in it: openjepa.load takes images of any size"
-        )
+        raise UserError(f"--image-size has no place in {form}: openjepa.load takes images of any size")
     if form == "released":
-        return write_released(Path(source), folder / "checkpoint.pth.tar")
-    if network == "predictor":
-        return write_predictor(source, form, folder)
-    encoder = load(source, network)
-    return formats.WRITERS[form](folder, encoder.resized(image_size) if image_size else encoder)
+        if not is_run(Path(source)):
+            raise UserError(
+                f"{source} is not a run: the released layout needs all three networks (openjepa import first)"
+            )
+        with new_folder(out) as folder:
+            line = write_released(Path(source), folder / "checkpoint.pth.tar")
+    elif network == "predictor":
+        if form != "safetensors":
+            raise UserError(f"{form} carries encoders: the predictor can be exported as safetensors or released")
+        with new_folder(out) as folder:
+            line = write_predictor(Path(source), folder / "predictor.safetensors")
+    else:
+        encoder = load(source, network)
+        encoder = encoder.resized(image_size) if image_size else encoder
+        with new_folder(out) as folder:
+            line = formats.WRITERS[form](folder, encoder)
+    return line.replace(str(folder), str(out))
 
 
-def write_predictor(source: str, form: str, folder: Path) -> str:
+def write_predictor(source: Path, file: Path) -> str:
     """The predictor has a format of its own nowhere; as plain tensors it can leave."""
-    if form != "safetensors":
-        raise UserError(f"{form} carries encoders: the predictor can be exported as safetensors or released")
-    from safetensors.torch import save_file
-
-    run, found = checkpoint.locate(Path(source))
+    run, found = checkpoint.locate(source)
     recipe = saved_recipe(run)
-    about = {"predictor": vars(recipe.predictor), "grid": recipe.model.grid, "encoder_width": recipe.model.dim}
-    file = folder / "predictor.safetensors"
-    save_file(network_weights(found, "predictor"), file, {"openjepa predictor": json.dumps(about)})
-    return f"safetensors.torch.load_file('{file}')"
+    about = {"predictor": asdict(recipe.predictor), "grid": recipe.model.grid, "encoder_width": recipe.model.dim}
+    native.write_predictor(file, network_weights(found, "predictor"), about)
+    return f"safetensors.torch.load_file({str(file)!r})"
 
 
 def write_released(source: Path, file: Path) -> str:
     """All three networks, optimiser and position of a run, as the published code saves them."""
     run, found = checkpoint.locate(source)
     recipe = saved_recipe(run)
-    per_epoch = steps_per_epoch(run, recipe)
+    if recipe.predictor.heads not in (None, recipe.model.n_heads):
+        raise UserError("the released layout gives the predictor the encoder's heads, and predictor.heads differs")
+    about: dict[str, Any] = {
+        "batch_size": recipe.data.batch_size,
+        "world_size": 1,
+        "betas": recipe.optim.betas,
+        "eps": recipe.optim.eps,
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+    }
+    about |= position(run, found, recipe) | found.state().get("header", {})
+    weights = {network: network_weights(found, network) for network in NETWORKS}
+    released.write(file, recipe.model, recipe.predictor, weights, found.optimizer(), about)
+    return f"torch.load({str(file)!r}, weights_only=True)['target_encoder']"
+
+
+def position(run: Path, found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """Epochs done, last loss and rates. An imported run that has seen no images has its file's instead."""
+    images = saved_data(run)["images"] if (run / "data.json").exists() else recipe.data.batch_size
+    per_epoch = max(1, images // recipe.data.batch_size)
     schedule = Schedule(recipe.optim, recipe.schedule, per_epoch)
     last = max(0, found.step - 1)
     losses = [record["loss"] for record in read_metrics(run) if record["step"] <= found.step and "loss" in record]
-    about: dict[str, Any] = {
+    return {
         "epoch": found.step // per_epoch,
         "loss": losses[-1] if losses else float("nan"),
-        "batch_size": recipe.data.batch_size,
-        "world_size": 1,
         "lr": schedule.lr(last),
         "weight_decay": schedule.weight_decay(last),
     }
-    weights = {network: network_weights(found, network) for network in NETWORKS}
-    if recipe.predictor.heads not in (None, recipe.model.n_heads):
-        raise UserError("the released layout gives the predictor the encoder's heads, and predictor.heads differs")
-    released.write(file, recipe.model, recipe.predictor, weights, found.optimizer(), about)
-    return f"torch.load('{file}', weights_only=True)['target_encoder']"
-
-
-def steps_per_epoch(run: Path, recipe: Recipe) -> int:
-    """Of the run's data; an imported run that has seen none counts its batch as an epoch."""
-    images = saved_data(run)["images"] if (run / "data.json").exists() else recipe.data.batch_size
-    return max(1, images // recipe.data.batch_size)

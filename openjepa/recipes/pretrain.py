@@ -111,7 +111,9 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
     if (out / "recipe.yaml").exists():
         begun = saved_recipe(out)
-        if begun.precision == "auto":  # imported: settled now
+        if not (out / "data.json").exists():  # imported, no step taken yet: its networks alone are given
+            begun = replace(recipe, model=begun.model, predictor=begun.predictor)
+        elif begun.precision == "auto":  # and stopped before it was settled
             begun = replace(begun, precision=recipe.precision)
         if changed := differences(begun, recipe):
             raise UserError(f"{out} was made with another recipe ({'; '.join(changed)}): choose another --out")

@@ -172,11 +172,17 @@ def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UserError(f"--{path}: {part} was given a value of its own")
-        try:
-            node[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{path} {text}: not a value") from error
+        node[name] = parse(path, text)
     return from_dict(Recipe, tree, base=recipe)
+
+
+def parse(path: str, text: str) -> Any:
+    """A value from the command line; a list may be written 1,2 or [1, 2]. Raises UserError."""
+    try:
+        listed = "," in text and not text.lstrip().startswith(("[", "{"))
+        return yaml.safe_load(f"[{text}]" if listed else text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{path} {text}: not a value") from error
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
