@@ -72,7 +72,6 @@ def test_public_names_are_there():
         ("import {tmp}/none --out {tmp}/r", "no such file or folder"),
         ("import {tmp}/file --out {tmp}/r", "{tmp}/file"),
         ("import {tmp}/file --out {tmp}/r --model.heads x", "model.heads is 'x'"),
-        ("import {tmp}/file --out {tmp}/r --optim.lrr 1", "did you mean 'optim.lr'"),
         ("export {tmp}/none --format hf --out {tmp}/r", "no such file or folder"),
         ("export {tmp}/none --format hff --out {tmp}/r", "did you mean 'hf'"),
         ("export {tmp}/none --format released --out {tmp}/r", "is not a run"),

@@ -75,12 +75,17 @@ def network_weights(found: Checkpoint, network: str) -> dict[str, Tensor]:
     return {k.removeprefix(f"{network}."): v for k, v in found.weights().items() if k.startswith(f"{network}.")}
 
 
+def refuse_full(out: Path) -> None:
+    """Raises UserError if something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: choose another --out")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder that appears as `out` when all went well, and not at all otherwise. Raises UserError."""
     out = out.absolute().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
+    refuse_full(out)
     made = next((p for p in reversed([out, *out.parents]) if not p.exists()), None)  # the topmost that is new
     part = None
     try:
@@ -123,6 +128,7 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     around them. values: dotted keys that override it. Returns what a reader should know. Raises UserError; `out` is then
     not made.
     """
+    refuse_full(out)
     recipe = override(base or around(imported), values or {})
     predictor = imported.predictor or recipe.predictor
     if imported.predictor and recipe.predictor.heads == imported.model.n_heads:
@@ -183,6 +189,7 @@ def export(source: str, form: str, out: Path, network: str | None = None,
         raise UserError(f"unknown format '{form}': one of {', '.join(formats.FORMATS)}{nearest(form, formats.FORMATS)}")
     if network not in (None, *NETWORKS):
         raise UserError(f"network '{network}': one of {', '.join(NETWORKS)}")
+    refuse_full(out)
     if form == "released" and network:
         raise UserError("the released layout holds all three networks: leave --network out")
     if image_size and (network == "predictor" or form not in ("hf", "timm", "onnx")):
