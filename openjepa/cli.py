@@ -16,13 +16,17 @@ SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvisi
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
+    from openjepa.engine import parallel
     from openjepa.engine.run import INTERRUPTED, Interrupted
     from openjepa.recipes.pretrain import pretrain, saved_data, saved_recipe
-    from openjepa.recipes.recipe import override
+    from openjepa.recipes.recipe import of_processes, override
 
     out = Path(args.out)
     known = out / "recipe.yaml"
-    recipe = chosen(args) or (saved_recipe(out) if known.exists() else None)
+    recipe, of_one_process = chosen(args)
+    if recipe and of_one_process:
+        recipe = of_processes(recipe, parallel.world_size())
+    recipe = recipe or (saved_recipe(out) if known.exists() else None)
     if recipe is None:
         raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
     data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
@@ -50,23 +54,20 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
-    from dataclasses import replace
-
     from openjepa.convert import formats
     from openjepa.convert.names import Told
     from openjepa.recipes.exchange import import_weights
-    from openjepa.recipes.recipe import from_dict, parse
+    from openjepa.recipes.recipe import from_dict, of_processes, parse
 
     values = pairs(rest)
     said = {name: values.pop(f"model.{name}") for name in ("heads", "image_size") if f"model.{name}" in values}
     told = from_dict(Told, {name: parse(f"model.{name}", text) for name, text in said.items()}, "model")
-    base = chosen(args)
+    base, of_one_process = chosen(args)
     if base:
         told = Told(told.heads or base.model.heads, told.image_size or base.model.image_size)
     imported = formats.read(args.source, told)
-    if base and args.config and is_released(Path(args.config)):  # its batch size is that of one process
-        batch = base.data.batch_size * imported.processes
-        base = replace(base, data=replace(base.data, batch_size=batch))
+    if base and of_one_process:
+        base = of_processes(base, imported.processes)
     notes = import_weights(imported, args.source, Path(args.out), base, values)
     model = imported.model
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
@@ -211,13 +212,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def chosen(args: argparse.Namespace) -> Any:
-    """The recipe that --recipe or --config names, or None."""
+def chosen(args: argparse.Namespace) -> tuple[Any, bool]:
+    """The recipe that --recipe or --config names, or None; and whether its batch size is that of one process."""
     if args.recipe and args.config:
         raise UserError("give --recipe or --config, not both")
     if args.recipe:
-        return named(args.recipe)
-    return read(Path(args.config)) if args.config else None
+        return named(args.recipe), False
+    return read(Path(args.config)) if args.config else (None, False)
 
 
 def named(name: str) -> Any:
@@ -228,22 +229,15 @@ def named(name: str) -> Any:
     return RECIPES[name]()
 
 
-def read(file: Path) -> Any:
+def read(file: Path) -> tuple[Any, bool]:
     from openjepa.convert import recipe as released
-    from openjepa.engine import parallel
     from openjepa.recipes.recipe import Recipe, from_dict
 
     values = read_yaml(file)
-    if released.is_released(values):
+    if theirs := released.is_released(values):
         print(f"{file.name} is a released recipe; not used here: {', '.join(released.unused(values))}", file=sys.stderr)
-        values = released.translate(values, parallel.world_size())
-    return from_dict(Recipe, values)
-
-
-def is_released(file: Path) -> bool:
-    from openjepa.convert import recipe as released
-
-    return released.is_released(read_yaml(file))
+        values = released.translate(values)
+    return from_dict(Recipe, values), theirs
 
 
 def read_yaml(file: Path) -> Any:

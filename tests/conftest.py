@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, from_dict
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -59,3 +61,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 100, (36, 40, 3)) + np.array(tint)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A finished tiny run on images that are not square, every checkpoint kept."""
+    model = TINY["model"] | {"image_size": [24, 40]}
+    recipe = from_dict(
+        Recipe, TINY | {"model": model, "machine": {"keep": 99, "checkpoint_every": 0.2}, "masking": {"min_keep": 4}}
+    )
+    out = tmp_path_factory.mktemp("trained") / "run"
+    pretrain(recipe, str(folder), out, Console(quiet=True))
+    return out

@@ -10,20 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openjepa.convert.names import (
-    Imported,
-    State,
-    Told,
-    check_plain,
-    encoder_config,
-    given_statistics,
-    with_positions,
-    without_positions,
-)
+from openjepa.convert.names import Imported, State, Told, check_plain, encoder_alone, given_statistics, with_positions
 from openjepa.errors import UserError, first_line, needs
 from openjepa.models.encoder import Encoder
-from openjepa.models.vit import ViT
-from openjepa.models.weights import check_fit
 
 # Ours to theirs, in the order of transformers 5 and 4; q, k and v are apart there.
 TOP = {
@@ -122,10 +111,7 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, 
         raise UserError(f"{where} says that it has {heads} heads, not {told.heads}")
     known = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     own = to_ours({name.removeprefix("ijepa."): value for name, value in state.items()}, where)
-    vit = encoder_config(own, Told(heads=heads, image_size=told.image_size or known), where)
-    own = without_positions(own, "pos_embed", vit.grid, where)
-    with torch.device("meta"):
-        check_fit(ViT(vit).state_dict(), own, where)
+    vit, own = encoder_alone(own, Told(heads=heads, image_size=told.image_size or known), where)
     if processor.get("do_normalize", True):
         mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), vit.channels, where)
     else:

@@ -19,6 +19,7 @@ from openjepa.errors import UserError
 from openjepa.models.layers import sincos_positions
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import SIZES, ViT, ViTConfig
+from openjepa.models.weights import check_fit
 
 State = dict[str, Tensor]
 
@@ -138,6 +139,21 @@ def without_positions(state: Mapping[str, Tensor], name: str, grid: tuple[int, i
     """A state dict less its fixed positions, which are checked."""
     check_positions(state[name], grid, f"{where}'s {name}")
     return {k: v for k, v in state.items() if k != name}
+
+
+def encoder_alone(state: Mapping[str, Tensor], told: Told, where: str) -> tuple[ViTConfig, State]:
+    """The configuration and weights of an encoder that is stored by itself with its positions. Raises UserError."""
+    config = encoder_config(state, told, where)
+    own = without_positions(state, "pos_embed", config.grid, where)
+    check_whole(config, own, where)
+    return config, own
+
+
+def check_whole(config: ViTConfig, state: State, where: str) -> None:
+    """A state dict without positions is this encoder's, nothing missing and nothing left over. Raises UserError."""
+    with torch.device("meta"):
+        expected = ViT(config).state_dict()
+    check_fit(expected, state, where)
 
 
 def with_positions(encoder: ViT) -> State:

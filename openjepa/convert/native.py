@@ -8,14 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
-from openjepa.convert.names import Imported, State
+from openjepa.convert.names import Imported, State, check_whole
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
-from openjepa.models.vit import ViT, ViTConfig
-from openjepa.models.weights import check_fit
+from openjepa.models.vit import ViTConfig
 
 KEY = "openjepa"  # of the header's entry
 PREDICTOR = "openjepa predictor"  # the same of a file that holds a predictor, which nothing reads back
@@ -45,6 +43,5 @@ def read(state: State, header: Mapping[str, str], where: str) -> Imported:
             raise ValueError("mean and std need a number above 0 for each channel")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} has a header that this version does not understand ({error})") from error
-    with torch.device("meta"):
-        check_fit(ViT(config).state_dict(), state, where)
+    check_whole(config, state, where)
     return Imported(config, {network: state}, mean=mean, std=std)

@@ -71,11 +71,11 @@ def unused(values: Mapping[str, Any]) -> list[str]:
     return [name for name in flatten(values) if name in PLAIN and PLAIN[name] is None]
 
 
-def translate(values: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
+def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     """A released recipe as one of ours, in plain dictionaries.
 
-    processes: the released batch size is that of one process, ours that of a step. Masks are in `released` behaviour
-    and bf16 is taken at its word. Raises UserError for unknown keys and for what is not done here.
+    The batch size stays the file's, which is one process's, where ours is a whole step's. Masks are in `released`
+    behaviour and bf16 is taken at its word. Raises UserError for unknown keys and for what is not done here.
     """
     flat = flatten(values)
     for name in flat:
@@ -104,7 +104,7 @@ def translate(values: Mapping[str, Any], processes: int = 1) -> dict[str, Any]:
     for name, value in flat.items():
         if target := PLAIN.get(name):
             put(tree, target, value)
-    put(tree, "data.batch_size", flat["data.batch_size"] * processes)
+    put(tree, "data.batch_size", flat["data.batch_size"])
     put(tree, "model.image_size", [flat["data.crop_size"]] * 2)
     size = str(flat["meta.model_name"])
     if size not in SIZES:

@@ -6,23 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
-from openjepa.convert.names import (
-    Imported,
-    State,
-    Told,
-    check_plain,
-    encoder_config,
-    given_statistics,
-    with_positions,
-    without_positions,
-)
+from openjepa.convert.names import Imported, State, Told, check_plain, encoder_alone, given_statistics, with_positions
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
-from openjepa.models.vit import ViT, ViTConfig
-from openjepa.models.weights import check_fit
+from openjepa.models.vit import ViTConfig
 
 NAMES = {("H", 14, 224): "vit_huge_patch14_gap_224", ("H", 16, 448): "vit_huge_patch16_gap_448",
          ("G", 16, 224): "vit_giant_patch16_gap_224"}  # fmt: skip
@@ -91,9 +80,6 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     )
     if any(name.startswith("fc_norm.") for name in state):
         raise UserError(f"{where} normalises after pooling ('fc_norm'): I-JEPA's encoders normalise each patch")
-    config = encoder_config(state, told, where)
-    state = without_positions(state, "pos_embed", config.grid, where)
-    with torch.device("meta"):
-        check_fit(ViT(config).state_dict(), state, where)
+    config, state = encoder_alone(state, told, where)
     mean, std = given_statistics(statistics.get("mean"), statistics.get("std"), config.channels, where)
     return Imported(config, {"target_encoder": state}, mean=mean, std=std)

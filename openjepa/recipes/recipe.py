@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
@@ -174,6 +174,11 @@ def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
                 raise UserError(f"--{path}: {part} was given a value of its own")
         node[name] = parse(path, text)
     return from_dict(Recipe, tree, base=recipe)
+
+
+def of_processes(recipe: Recipe, processes: int) -> Recipe:
+    """A recipe whose batch size was that of one process, with that of a step of so many."""
+    return replace(recipe, data=replace(recipe.data, batch_size=processes * recipe.data.batch_size))
 
 
 def parse(path: str, text: str) -> Any:
