@@ -45,12 +45,18 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from openjepa.recipes.evaluation import evaluate_run
+    from openjepa.recipes.evaluation import Question, evaluate
 
-    refuse(rest)
-    protocols = args.protocols.split(",")
-    evaluate_run(Path(args.run), args.train, args.test, protocols, args.network, args.device, Console())
-    print(f"next: openjepa report {args.run}")
+    names = ("source", "train", "test", "network", "device", "seed", "squash", "fresh")
+    question = Question(
+        **{name: getattr(args, name) for name in names},
+        image_size=height_and_width(args.image_size),
+        share=args.crop,
+        protocols=args.protocols.split(","),
+        out=Path(args.out) if args.out else None,
+    )
+    evaluate(question, pairs(rest), Console())
+    print(f"next: openjepa report {args.source}")
 
 
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
@@ -80,14 +86,10 @@ def import_(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def export(args: argparse.Namespace, rest: list[str]) -> None:
-    from openjepa.convert.names import Told
     from openjepa.recipes.exchange import export
-    from openjepa.recipes.recipe import from_dict, parse
 
     refuse(rest)
-    size = {"image_size": parse("image-size", args.image_size)} if args.image_size else {}
-    told = from_dict(Told, size, "model")
-    line = export(args.source, args.format, Path(args.out), args.network, told.image_size)
+    line = export(args.source, args.format, Path(args.out), args.network, height_and_width(args.image_size))
     what = "all networks and the optimiser" if args.format == "released" else args.network or "target_encoder"
     print(f"{what} written to {args.out}\nload: {line}")
 
@@ -173,13 +175,24 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="SPEC", help=SPEC)
     p.add_argument("--out", metavar="RUN", required=True)
 
-    p = commands.add_parser("evaluate", help="score a run beside random weights and raw pixels")
-    p.add_argument("run", metavar="RUN")
+    p = commands.add_parser(
+        "evaluate",
+        help="score an encoder beside random weights and raw pixels",
+        epilog="Any value of a protocol: --linear.epochs 100, --knn.ks 10,20 (docs/evaluation.md lists them)",
+    )
+    p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
     p.add_argument("--train", metavar="SPEC", required=True, help="labelled images that probes learn from")
     p.add_argument("--test", metavar="SPEC", required=True, help="labelled images that they are scored on")
     p.add_argument("--protocols", default="knn,linear", metavar="LIST")
-    p.add_argument("--network", default="target_encoder", choices=("target_encoder", "encoder"))
-
+    p.add_argument("--network", choices=("target_encoder", "encoder"), help="target_encoder unless told")
+    p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
+    p.add_argument(
+        "--crop", type=float, default=1.0, metavar="SHARE", help="0.875 is resize 256, crop 224; 1 unless told"
+    )
+    p.add_argument("--squash", action="store_true", help="the whole image without keeping its aspect, as for CLEVR")
+    p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
+    p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
+    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
 
     p = commands.add_parser(
@@ -249,6 +262,14 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def height_and_width(text: str | None) -> tuple[int, int] | None:
+    """224,320 to (224, 320)."""
+    from openjepa.convert.names import Told
+    from openjepa.recipes.recipe import from_dict, parse
+
+    return from_dict(Told, {"image_size": parse("image-size", text)}, "model").image_size if text else None
 
 
 def pairs(rest: list[str]) -> dict[str, str]:

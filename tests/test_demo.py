@@ -8,7 +8,7 @@ import pytest
 
 from openjepa import cli
 from openjepa.bench import parts
-from openjepa.evaluate import linear
+from openjepa.evaluate import linear, suite
 from openjepa.recipes import demo
 
 
@@ -18,7 +18,8 @@ def small(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
     recipe = replace(tiny, model=replace(tiny.model, image_size=(32, 32)))
     monkeypatch.setattr(demo, "ijepa_scenes", lambda: recipe)
-    monkeypatch.setattr(linear, "STEPS", 60)
+    short = replace(suite.PROTOCOLS["linear"], config=replace(linear.RECIPES["fast"], min_steps=60, epochs=10))
+    monkeypatch.setitem(suite.PROTOCOLS, "linear", short)
     for name, scenes in (("TRAIN", "scenes:48"), ("LABELLED", "scenes:96"), ("TEST", "scenes:96-160")):
         monkeypatch.setattr(demo, name, scenes)
 
@@ -38,7 +39,7 @@ def test_the_demo_scores_four_tasks_against_both_controls_and_draws(small, monke
         for name in of
     }
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert "seed: 3" in (out / "recipe.yaml").read_text()
 
 

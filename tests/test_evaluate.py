@@ -1,97 +1,173 @@
-"""Claims about evaluation: equal to independent implementations, blind to the test set while choosing."""
+"""Claims about evaluation: features kept and never mistaken, answers kept and never stale, mistakes in one line."""
+
+import contextlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 
+from openjepa import cli
 from openjepa.data.sources import Source, open_source
 from openjepa.errors import UserError
-from openjepa.evaluate import linear, suite
-from openjepa.evaluate.features import Images, extract, raw_pixels
-from openjepa.evaluate.knn import knn_predict
-from openjepa.evaluate.linear import linear_probe
+from openjepa.evaluate import features, suite
+from openjepa.evaluate.features import EncoderFeatures, Images, PixelFeatures, View, extract, stored
+from openjepa.evaluate.suite import Bench
+from openjepa.evaluate.views import ViewFeed
+from openjepa.recipes import evaluation
+from openjepa.recipes.evaluation import Question
 from openjepa.recipes.pretrain import random_encoder
 
-
-def clusters(
-    n: int, classes: int = 4, d: int = 12, noise: float = 1.2, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(classes, d))
-    labels = rng.integers(0, classes, n)
-    return torch.from_numpy(centres[labels] + noise * rng.normal(size=(n, d))).float(), torch.from_numpy(labels)
+QUIET = Console(quiet=True)
+VIEW = View((32, 32))
 
 
-@pytest.mark.parametrize("k", [1, 10, 50])
-def test_knn_equals_scikit_learn(k):
-    (x, y), (z, _) = clusters(400), clusters(150, seed=1)
-    x, z = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(z, dim=1)
-
-    def votes(distance):  # cosine distance to the weight of a vote
-        return np.exp((1 - distance) / 0.07)
-
-    reference = KNeighborsClassifier(k, metric="cosine", weights=votes, algorithm="brute").fit(x, y).predict(z)
-    assert (knn_predict(x, y, z, 4, ks=(k,), chunk=37)[k].numpy() == reference).all()
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_the_probe_reaches_logistic_regression():
-    (x, y), (z, t) = clusters(4000), clusters(2000, seed=1)
-    reference = LogisticRegression(C=1e4, max_iter=1000).fit(x, y).score(z, t)
-    assert linear_probe(x[:, None], y, z[:, None], t, 4).accuracy == pytest.approx(reference, abs=0.015)
+def extractor(recipe, view: View = VIEW, layers: int = 2) -> EncoderFeatures:
+    return EncoderFeatures(random_encoder(recipe), view, contextlib.nullcontext, "fp32", layers)
 
 
-def test_heads_trained_together_equal_heads_trained_alone():
-    x, y = clusters(600)
-    heads = [linear.Head("last", 0.1, 0.0), linear.Head("last", 0.01, 5e-4)]
-    together, _ = linear.fit(x, y, 4, heads, 0)
-    for i, head in enumerate(heads):
-        assert torch.allclose(together[:, 4 * i : 4 * i + 4], linear.fit(x, y, 4, [head], 0)[0], atol=1e-5)
+def bench(train: Source, test: Source, **more: object) -> Bench:
+    return Bench(train, test, VIEW, torch.device("cpu"), "fp32", contextlib.nullcontext, **more)
 
 
-def test_wide_features_give_the_same_probe_in_their_span():
-    (x, y), (z, _) = clusters(60, d=200), clusters(50, d=200, seed=1)
-    heads = [linear.Head("last", 0.03, 5e-4)]
-    narrow, narrow_unseen = linear.standardise(x, z)
-    assert narrow.shape == (60, 60)
-    mean, std = x.mean(0), x.std(0, correction=0)
-    outputs = []
-    for known, unseen in ((narrow, narrow_unseen), ((x - mean) / std, (z - mean) / std)):
-        weights, bias = linear.fit(known, y, 4, heads, 0)
-        outputs.append(unseen @ weights + bias)
-    assert torch.allclose(*outputs, atol=1e-3)
+SHORT = {"linear.epochs": "2", "linear.min_steps": "40"}
 
 
-def test_the_head_is_chosen_without_the_test_set():
-    (x, y), (z, t) = clusters(600), clusters(200, seed=1)
-    honest = linear_probe(x[:, None], y, z[:, None], t, 4)
-    shuffled = linear_probe(x[:, None], y, z[:, None], t.flip(0), 4)
-    assert honest.chosen == shuffled.chosen
-    assert honest.sweep == shuffled.sweep
-
-
-def test_both_feature_sets_compete():
-    (x, y), (z, t) = clusters(600), clusters(300, seed=1)
-    noise = torch.randn(900, 12, generator=torch.Generator().manual_seed(0))
-    train = torch.stack([x, x, x, noise[:600]], 1)  # the last layer says nothing, those before do
-    test = torch.stack([z, z, z, noise[600:]], 1)
-    result = linear_probe(train, y, test, t, 4)
-    assert result.chosen.features == "concat4"
-    assert {head.features for head, _ in result.sweep} == {"last", "concat4"}
+# ---------------------------------------------------------------- features
 
 
 def test_features_are_pooled_normed_layers(tiny, folder):
-    encoder = random_encoder(tiny)
-    images = Images(open_source(str(folder)), range(6), (32, 32), 3)
-    import contextlib
+    encoder, source = random_encoder(tiny), open_source(str(folder))
+    images = Images(source, range(6), VIEW)
+    found = extract(extractor(tiny), images)
+    assert found.shape == (6, 2, 24)
+    whole = torch.stack([images[i] for i in range(6)])
+    assert torch.allclose(found[:, -1], encoder(whole).mean(1), atol=1e-5)
+    assert torch.allclose(found.flatten(1), encoder.features(whole, layers=2), atol=1e-5)
+    assert extract(PixelFeatures(VIEW), images).shape == (6, 1, 3 * 32 * 32)
+    big = torch.full((1, 3, 128, 256), 51, dtype=torch.uint8)
+    assert PixelFeatures(View((128, 256)))(big).shape == (1, 1, 3 * 32 * 64)
+    assert torch.allclose(PixelFeatures(View((128, 256)))(big), torch.tensor(0.2))
 
-    features = extract(encoder.vit, images, encoder.normalise, contextlib.nullcontext, layers=2, batch_size=4)
-    assert features.shape == (6, 2, 24)
-    expected = encoder(torch.stack([images[i] for i in range(6)])).mean(1)
-    assert torch.allclose(features[:, -1], expected, atol=1e-5)
-    assert raw_pixels(images).shape == (6, 1, 32 * 32 * 3)
+
+def test_views_crop_or_squash():
+    assert View((224, 224)).box(640, 480) == (80, 0, 560, 480)
+    assert View((224, 224), share=0.875).box(480, 480) == (30, 30, 450, 450)
+    assert View((224, 224), squash=True).box(640, 480) == (0, 0, 640, 480)
+    with pytest.raises(UserError, match=r"--crop 1\.5"):
+        View((224, 224), share=1.5)
+
+
+def test_stored_features_are_those_extracted_and_read_not_made_again(tiny, folder, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 16)
+    source = open_source(str(folder))
+    make = extractor(tiny)
+    first = stored(make, source, "a")
+    assert torch.equal(first.rows(slice(None)), extract(make, Images(source, range(40), VIEW)))
+    monkeypatch.setattr(EncoderFeatures, "__call__", lambda *_: pytest.fail("made again"))
+    again = stored(make, source, "a")
+    assert np.array_equal(first.values, again.values)
+    assert np.array_equal(first.hashes, again.hashes)
+    assert len(set(first.hashes.tolist())) == 40
+
+
+def test_a_killed_extraction_goes_on_where_it_was(tiny, folder, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 8)
+    source, make, seen = open_source(str(folder)), extractor(tiny), []
+    whole = features.fill
+
+    def dies(store, block, *rest):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(block)
+        whole(store, block, *rest)
+
+    monkeypatch.setattr(features, "fill", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stored(make, source, "a")
+    monkeypatch.setattr(features, "fill", lambda store, block, *rest: (seen.append(block), whole(store, block, *rest)))
+    found = stored(make, source, "a")
+    assert seen == [0, 1, 2, 3, 4]
+    assert torch.equal(found.rows(slice(None)), extract(make, Images(source, range(40), VIEW)))
+
+
+def test_two_processes_share_the_work(tiny, folder, monkeypatch):
+    """While one fills its blocks another comes and fills the rest: each block is made once, and both read all of them."""
+    monkeypatch.setattr(features, "BLOCK", 8)
+    source, make, seen = open_source(str(folder)), extractor(tiny), []
+    whole = features.fill
+
+    def other(store, block, *rest):
+        monkeypatch.setattr(features, "fill", whole)
+        seen.append(block)
+        whole(store, block, *rest)
+        monkeypatch.setattr(features, "fill", lambda s, b, *r: (seen.append(b), whole(s, b, *r)))
+        stored(make, source, "a", share=(1, 2))
+
+    monkeypatch.setattr(features, "fill", other)
+    found = stored(make, source, "a", share=(0, 2))
+    assert seen[:4] == [0, 2, 3, 4]
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert torch.equal(found.rows(slice(None)), extract(make, Images(source, range(40), VIEW)))
+
+
+def test_what_features_depend_on_is_in_their_name(tiny, folder):
+    plain = extractor(tiny).identity
+    assert plain == extractor(tiny).identity
+    for other in (
+        extractor(replace(tiny, seed=1)),
+        extractor(tiny, layers=1),
+        extractor(tiny, View((32, 32), share=0.9)),
+        extractor(tiny, View((32, 32), squash=True)),
+        extractor(replace(tiny, data=replace(tiny.data, mean=(0.1, 0.2, 0.3)))),
+    ):
+        assert features.short_hash(other.identity) != features.short_hash(plain)
+    resized = extractor(replace(tiny, model=replace(tiny.model, image_size=(64, 64))))
+    resized.encoder = resized.encoder.resized((32, 32))
+    resized.view = VIEW
+    assert resized.identity["weights"] != plain["weights"]  # its positions were interpolated
+
+
+def test_features_that_are_not_finite_are_named(tiny, folder):
+    make = extractor(tiny)
+    with torch.no_grad():
+        make.encoder.vit.norm.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"features of blue/00\.png are not finite"):
+        stored(make, open_source(str(folder)), "a")
+
+
+@pytest.mark.parametrize("kind", ["crop", "squash"])
+def test_augmented_views_are_drawn_anew_each_epoch_and_the_same_each_run(tiny, folder, kind):
+    source = open_source(str(folder))
+    labels = torch.from_numpy(source.labels["label"])
+    feed = ViewFeed(extractor(tiny), source, np.arange(40), labels, kind, seed=0, workers=0)
+    assert (feed.width("last"), feed.width("concat4")) == (24, 48)
+    (first, first_labels), *more = list(feed.batches(0, 16))
+    assert len(more) == 1
+    (again, again_labels), _ = feed.batches(0, 16)
+    assert torch.equal(first["concat4"], again["concat4"])
+    assert torch.equal(first_labels, again_labels)
+    views = [features_of(feed, epoch) for epoch in (0, 1)]
+    assert not torch.allclose(*views, atol=1e-4)
+
+
+def features_of(feed: ViewFeed, epoch: int) -> torch.Tensor:
+    """In the order of the images' labels and features' sums, whatever the epoch's."""
+    parts = torch.cat([batch["last"] for batch, _ in feed.batches(epoch, 20)])
+    return parts[parts.sum(1).argsort()]
+
+
+# ---------------------------------------------------------------- questions and answers
 
 
 class Renamed(Source):
@@ -112,39 +188,155 @@ class Renamed(Source):
         return self.base.name(index)
 
 
-def test_the_suite_scores_encoders_beside_raw_pixels(tiny, folder):
+def test_the_suite_scores_encoders_beside_raw_pixels(tiny, folder, capsys):
     source = open_source(str(folder))
     encoders = {"pretrained": random_encoder(tiny)}
-    quiet = Console(quiet=True)
-    results = suite.evaluate(encoders, source, source, ["knn", "linear"], "cpu", "fp32", quiet)
+    asked = evaluation.asked(["knn", "linear"], SHORT)
+    results = suite.evaluate(encoders, bench(source, source), asked, [], Console())
     assert {(r["protocol"], r["of"]) for r in results} == {
         (p, o) for p in ("knn", "linear") for o in ("pretrained", "raw pixels")
     }
-    assert all(0 <= r["accuracy"] <= 1 for r in results)
     # blue and red images: raw pixels tell them apart
-    assert next(r["accuracy"] for r in results if (r["protocol"], r["of"]) == ("linear", "raw pixels")) == 1.0
+    linear = next(r for r in results if (r["protocol"], r["of"]) == ("linear", "raw pixels"))
+    assert linear["value"] == 1.0
+    assert linear["details"]["confusion"] == [[0, 0, 20], [1, 1, 20]]
+    assert linear["images"]["shared"] == 40
+    assert "40 test images are in the training set" in capsys.readouterr().out
     reordered = Renamed(source, ["red", "blue"], 1 - source.labels["label"])
-    again = suite.evaluate(encoders, source, reordered, ["knn"], "cpu", "fp32", quiet)
-    assert [r["accuracy"] for r in again] == [r["accuracy"] for r in results if r["protocol"] == "knn"]
+    again = suite.evaluate(encoders, bench(source, reordered), asked[:1], [], QUIET)
+    assert [r["value"] for r in again] == [r["value"] for r in results if r["protocol"] == "knn"]
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A run that evaluation may write to, of an encoder that takes 24x40 pixels."""
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def ask(run: Path, folder: Path, values: dict[str, str] = SHORT, **more: object) -> list[dict]:
+    question = Question(source=str(run), train=str(folder), test=str(folder), **more)
+    file = evaluation.evaluate(question, values, Console())
+    return json.loads(file.read_text())["results"]
+
+
+def test_answers_are_read_again_unless_asked_afresh(run, folder, capsys, monkeypatch):
+    first = ask(run, folder)
+    assert len(first) == 6
+    assert {r["of"] for r in first} == {"pretrained", "random weights", "raw pixels"}
+    assert all(r["network"] == "target_encoder" and r["interval"][0] <= r["value"] <= r["interval"][1] for r in first)
+    capsys.readouterr()
+    again = ask(run, folder)
+    assert "6 answers were there already" in capsys.readouterr().out
+    assert [(r["seconds"], r["value"]) for r in again] == [(r["seconds"], r["value"]) for r in first]
+    called = []
+    monkeypatch.setattr(features, "fill", lambda *_: called.append(1))
+    ask(run, folder, fresh=True)
+    assert called
+
+
+def test_another_question_is_asked_and_both_answers_stay(run, folder, tmp_path):
+    ask(run, folder, {}, protocols=["knn"])
+    changed = ask(run, folder, {"knn.ks": "5"}, protocols=["knn"])
+    assert [r["details"]["k"] for r in changed] == [5] * 3
+    both = ask(run, folder, {}, protocols=["knn"], network="encoder")
+    assert {r["network"] for r in both} == {"encoder", "target_encoder"}
+    assert len(both) == 6
+
+
+def test_another_checkpoint_at_the_same_path_is_another_question(run, folder, capsys):
+    from safetensors.torch import load_file, save_file
+
+    first = {r["of"]: r for r in ask(run, folder, {}, protocols=["knn"])}
+    file = sorted((run / "checkpoints").iterdir())[-1] / "weights.safetensors"
+    weights = load_file(file)
+    weights["target_encoder.norm.weight"] *= -torch.arange(24)
+    save_file(weights, file)
+    capsys.readouterr()
+    second = {r["of"]: r for r in ask(run, folder, {}, protocols=["knn"])}
+    assert "2 answers were there" in capsys.readouterr().out  # the controls'
+    assert second["pretrained"]["question"] != first["pretrained"]["question"]
+    assert len(second) == 3
+
+
+def test_an_exported_file_is_evaluated_like_its_run(run, folder, tmp_path):
+    from openjepa.recipes.exchange import export
+
+    export(str(run), "safetensors", tmp_path / "out")
+    with pytest.raises(UserError, match="--out DIR"):
+        ask(tmp_path / "out", folder, {}, protocols=["knn"])
+    found = ask(tmp_path / "out", folder, {}, protocols=["knn"], out=tmp_path / "scores")
+    own = ask(run, folder, {}, protocols=["knn"])
+    of = "pretrained"
+    assert [r["value"] for r in found if r["of"] == of] == [r["value"] for r in own if r["of"] == of]
+
+
+def test_other_sizes_and_views_change_the_answer_s_name(run, folder):
+    names = set()
+    for more in ({}, {"image_size": (32, 32)}, {"share": 0.5}, {"squash": True}):
+        results = ask(run, folder, {}, protocols=["knn"], **more)
+        names |= {r["question"] for r in results if r["of"] == "pretrained"}
+    assert len(names) == 4
+
+
+# ---------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
-    ("test_classes", "protocols", "says"),
+    ("classes", "says"),
+    [(["blue", "green"], "such as 'green'"), (None, "needs labels"), (["blue"], "'blue' is the only one")],
+)
+def test_labels_that_do_not_fit_are_refused(tiny, folder, classes, says):
+    source = open_source(str(folder))
+    one = np.zeros(40, dtype=np.int64) if classes == ["blue"] else None
+    other = Renamed(source, classes, one)
+    train = other if classes == ["blue"] else source
+    with pytest.raises(UserError, match=says):
+        suite.evaluate({"x": random_encoder(tiny)}, bench(train, other), evaluation.asked(["knn"], {}), [], QUIET)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "says"),
     [
-        (["blue", "green"], ["knn"], "such as 'green'"),
-        (None, ["knn"], "needs labels"),
-        (["blue", "red"], ["knnn"], "did you mean 'knn'"),
+        (["knnn"], {}, "did you mean 'knn'"),
+        (["knn"], {"linear.epochs": "3"}, "belongs to none of the protocols"),
+        (["linear:mae"], {"linear.epoch": "3"}, "did you mean 'linear.epochs'"),
+        (["linear"], {"linear.epochs": "many"}, "linear.epochs is 'many'"),
+        (["knn"], {"knn.ks": "0"}, "ks are 1 or more"),
     ],
 )
-def test_mistakes_are_refused(tiny, folder, test_classes, protocols, says):
-    source = open_source(str(folder))
+def test_protocols_that_are_not_there_are_refused(names, values, says):
     with pytest.raises(UserError, match=says):
-        suite.evaluate(
-            {"x": random_encoder(tiny)},
-            source,
-            Renamed(source, test_classes),
-            protocols,
-            "cpu",
-            "fp32",
-            Console(quiet=True),
-        )
+        evaluation.asked(names, values)
+
+
+def test_fewer_images_than_neighbours(tiny, folder):
+    source = open_source(str(folder))
+    asked = evaluation.asked(["knn"], {"knn.ks": "50,100"})
+    with pytest.raises(UserError, match="k 50 needs as many training images: there are 40"):
+        suite.evaluate({"x": random_encoder(tiny)}, bench(source, source), asked, [], QUIET)
+
+
+def test_the_command_line_says_mistakes_in_one_line(run, folder, monkeypatch, capsys):
+    for words, says in (
+        (["--crop", "3"], "--crop 3.0"),
+        (["--image-size", "30,30"], "does not divide the image of 30x30"),
+        (["--knn.k", "3"], "did you mean"),
+        (["--protocols", "knn,"], "unknown protocol ''"),
+        (["--test", "nowhere"], "no such file"),
+    ):
+        argv = ["openjepa", "evaluate", str(run), "--train", str(folder), "--test", str(folder), "--protocols", "knn"]
+        monkeypatch.setattr(sys, "argv", [*argv, *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert len(error.splitlines()) == 1
+
+
+def test_a_damaged_file_of_answers_is_named(run, folder):
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation\.json cannot be read"):
+        ask(run, folder, {}, protocols=["knn"])

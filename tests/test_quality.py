@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from openjepa.evaluate.quality import alpha_req, lidar, rankme
-from openjepa.evaluate.scores import bootstrap, score
+from openjepa.evaluate.scores import accuracy, bootstrap, dense
 
 
 def spectrum(values: list[float], n: int = 200) -> torch.Tensor:
@@ -56,13 +56,15 @@ def test_scores_agree_with_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     labels, predictions = (torch.randint(0, 5, (300,), generator=generator) for _ in range(2))
     labels[labels == 3] = 2  # a class without test images
-    found = score(predictions, labels, 5)
-    assert found.confusion == confusion_matrix(labels, predictions, labels=range(5)).tolist()
-    assert found.accuracy == pytest.approx(float((labels == predictions).float().mean()))
-    assert found.per_class[3] is None
-    assert found.per_class[0] == pytest.approx(float((predictions[labels == 0] == 0).float().mean()))
-    shares = [share for share in found.per_class if share is not None]
-    assert found.mean_per_class == pytest.approx(sum(shares) / 4)
+    found = accuracy(predictions, labels, 5)
+    assert (dense(found.details["confusion"], 5) == confusion_matrix(labels, predictions, labels=range(5))).all()
+    assert found.value == pytest.approx(float((labels == predictions).float().mean()))
+    per_class = found.details["per_class"]
+    assert per_class[3] is None
+    assert per_class[0] == pytest.approx(float((predictions[labels == 0] == 0).float().mean()))
+    assert found.details["mean_per_class"] == pytest.approx(sum(s for s in per_class if s is not None) / 4)
+    low, high = found.interval
+    assert low < found.value < high
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -3,28 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openjepa.errors import UserError
+
 KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Numbers of neighbours, and the temperature of their votes. Those above the training set's size are left out."""
+
+    ks: tuple[int, ...] = KS
+    temperature: float = TEMPERATURE
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1 or self.temperature <= 0:
+            raise UserError("knn: ks are 1 or more, temperature is above 0")
+
+
+QUERIES, BANK = 1024, 65536  # compared at a time: 0.3 GB of similarities, however large the sets
 
 
 @torch.no_grad()
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, ks: Sequence[int] = KS,
-                temperature: float = 0.07, chunk: int = 1024) -> dict[int, Tensor]:  # fmt: skip
+                temperature: float = TEMPERATURE, device: torch.device | str = "cpu") -> dict[int, Tensor]:  # fmt: skip
     """Each neighbour votes with exp(cosine / temperature).
 
     bank [n, D], labels int64 [n], queries [m, D]. Returns, for each k that the bank has, int64 [m] predictions.
     """
     ks = [k for k in ks if k <= len(bank)] or [len(bank)]
-    bank, queries = F.normalize(bank.float(), dim=-1), F.normalize(queries.float(), dim=-1)
+    labels = labels.to(device)
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in queries.split(chunk):
-        similarity, index = (part @ bank.T).topk(max(ks), dim=-1)
+    for part in queries.split(QUERIES):
+        similarity, index = nearest(bank, part.to(device), max(ks))
         weights, voted = (similarity / temperature).exp(), labels[index]  # [m, k]
         for k in ks:
             votes = weights.new_zeros(len(part), classes).scatter_add(1, voted[:, :k], weights[:, :k])
-            parts[k].append(votes.argmax(-1))
+            parts[k].append(votes.argmax(-1).cpu())
     return {k: torch.cat(predictions) for k, predictions in parts.items()}
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest cosines of each query, and whose they are, over a bank too large to compare with at once.
+
+    bank [n, D], queries [m, D]. Returns float32 and int64 [m, k], the nearest first.
+    """
+    queries = F.normalize(queries.float(), dim=-1)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(bank), BANK):
+        part = F.normalize(bank[start : start + BANK].to(queries.device).float(), dim=-1)
+        similarity, index = (queries @ part.T).topk(min(k, len(part)), dim=-1)
+        index = index + start
+        if best is not None:
+            joined = torch.cat([best[0], similarity], dim=1)
+            similarity, order = joined.topk(min(k, joined.shape[1]), dim=-1)
+            index = torch.cat([best[1], index], dim=1).gather(1, order)
+        best = similarity, index
+    assert best is not None
+    return best

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +13,43 @@ from openjepa.rng import key
 
 RESAMPLES = 1000
 LEVEL = 0.95
+SHARES = ("accuracy", "mIoU")  # metrics that are shown in percent
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Shares between 0 and 1. interval: 95 % by bootstrap over the test set; confusion: [true, predicted] counts."""
+class Answer:
+    """One number. metric: accuracy and mIoU are shares of 1. interval: 95 %, where there is one."""
 
-    accuracy: float
-    interval: tuple[float, float]
-    per_class: list[float | None]  # None for a class without test images
-    confusion: list[list[int]]
-
-    @property
-    def mean_per_class(self) -> float:
-        """The mean over classes that the test set has: what Pets, Flowers and others report."""
-        return float(np.mean([share for share in self.per_class if share is not None]))
+    metric: str
+    value: float
+    interval: tuple[float, float] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def score(predictions: Tensor, labels: Tensor, classes: int, seed: int = 0) -> Scores:
-    """predictions, labels: int64 [n]."""
+def accuracy(predictions: Tensor, labels: Tensor, classes: int, **details: Any) -> Answer:
+    """Top-1 with its bootstrap interval; details hold the mean over classes, each class's own (None without test images)
+    and the confusion as [true, predicted] counts. predictions, labels: int64 [n]."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     confusion.view(-1).scatter_add_(0, labels * classes + predictions, torch.ones_like(labels))
     counts = confusion.sum(1)
     per_class = [float(confusion[c, c] / counts[c]) if counts[c] else None for c in range(classes)]
     correct = predictions == labels
-    return Scores(float(correct.float().mean()), bootstrap(correct, seed), per_class, confusion.tolist())
+    mean = float(np.mean([share for share in per_class if share is not None]))
+    about = {"mean_per_class": mean, "per_class": per_class, "confusion": sparse(confusion)}
+    return Answer("accuracy", float(correct.float().mean()), bootstrap(correct), {**details, **about})
+
+
+def sparse(confusion: Tensor) -> list[list[int]]:
+    """[true, predicted, count] of every pair that occurs: a thousand classes have a million that do not."""
+    return [[int(i), int(j), int(confusion[i, j])] for i, j in confusion.nonzero()]
+
+
+def dense(pairs: list[list[int]], classes: int) -> np.ndarray:
+    """The confusion matrix again, int64 [true, predicted]."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    for i, j, count in pairs:
+        matrix[i, j] = count
+    return matrix
 
 
 def bootstrap(correct: Tensor, seed: int = 0) -> tuple[float, float]:

@@ -1,12 +1,12 @@
-"""`openjepa evaluate`: every protocol asked for, always beside the two controls."""
+"""Who is asked what: every subject (an encoder, its controls), every task, every protocol, and the table of answers."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,74 +16,104 @@ from rich.table import Table
 from torch import Tensor
 
 from openjepa.data.sources import Source
-from openjepa.engine.device import Precision, pick_autocast, pick_device
-from openjepa.errors import UserError, nearest
-from openjepa.evaluate.features import Images, extract, raw_pixels
-from openjepa.evaluate.knn import knn_predict
-from openjepa.evaluate.linear import linear_probe
+from openjepa.errors import UserError
+from openjepa.evaluate import knn, linear
+from openjepa.evaluate.features import (
+    EncoderFeatures,
+    Extractor,
+    Features,
+    PixelFeatures,
+    View,
+    short_hash,
+    stored,
+)
+from openjepa.evaluate.scores import SHARES, Answer, accuracy
+from openjepa.evaluate.views import ViewFeed
 from openjepa.models.encoder import Encoder
 
-PROTOCOLS = ("knn", "linear")
-K = 20  # the k of the table; all of them are in the JSON
 LAYERS = 4
-CONTROLS = ("random weights", "raw pixels")
+K = 20  # the k of the table; all of them are in the JSON
+VERSION = 1  # of the protocols: an answer of another version is asked again
 
 
-def evaluate(encoders: dict[str, Encoder], train: Source, test: Source, protocols: Sequence[str], device: str,
-             precision: Precision, console: Console) -> list[dict[str, Any]]:  # fmt: skip
-    """Score encoders, and raw pixels, on every task that train and test share.
+# ---------------------------------------------------------------- subjects and tasks
 
-    encoders: by the name they get in the results. Returns one record for each task, protocol and representation.
-    Raises UserError for unknown protocols, missing labels or classes that only the test set has.
-    """
-    for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            choices = ", ".join(PROTOCOLS)
-            raise UserError(f"unknown protocol '{protocol}': one of {choices}{nearest(protocol, PROTOCOLS)}")
-    tasks = [task for task in train.labels if task in test.labels and len(train.classes[task]) > 1]
-    if not tasks:
-        raise UserError(
-            "evaluation needs labels in both sets, of two classes or more: sub-folders as classes, or a label column"
-        )
-    labels = {task: (torch.from_numpy(train.labels[task]), matched_labels(train, test, task)) for task in tasks}
-    where = pick_device(device)
-    autocast = pick_autocast(precision, where)
-    results: list[dict[str, Any]] = []
-    for name in [*encoders, "raw pixels"]:
-        start = time.perf_counter()
-        first = next(iter(encoders.values())).vit.config
-        x, y = (Images(s, np.arange(len(s)), first.image_size, first.channels) for s in (train, test))
-        if name in encoders:
-            encoder = encoders[name].to(where)
-            features = [extract(encoder.vit, part, encoder.normalise, autocast, LAYERS) for part in (x, y)]
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured on, and how."""
+
+    train: Source
+    test: Source
+    view: View
+    device: torch.device
+    precision: str  # bf16 or fp32
+    autocast: Callable[[], AbstractContextManager[Any]]
+    workers: int = 0
+    share: tuple[int, int] = (0, 1)  # rank, world size
+    seed: int = 0
+    fresh: bool = False
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {"train": self.train.fingerprint(), "test": self.test.fingerprint()}
+
+
+class Subject:
+    """An encoder or the raw pixels, with the features that it has of both sets."""
+
+    def __init__(self, name: str, encoder: Encoder | None, bench: Bench, console: Console) -> None:
+        self.name, self.encoder, self.bench, self.console = name, encoder, bench, console
+        if encoder:
+            encoder.to(bench.device)
+            self.extractor: Extractor = EncoderFeatures(encoder, bench.view, bench.autocast, bench.precision, LAYERS)
         else:
-            features = [raw_pixels(part) for part in (x, y)]
-        console.print(
-            f"{name}: features of {len(x) + len(y)} images in {time.perf_counter() - start:.0f} s", highlight=False
-        )
-        for task in tasks:
-            for protocol in protocols:
-                start = time.perf_counter()
-                record = score(
-                    protocol, features[0], labels[task][0], features[1], labels[task][1], len(train.classes[task])
-                )
-                seconds = round(time.perf_counter() - start, 2)
-                results.append({"task": task, "protocol": protocol, "of": name, **record, "seconds": seconds})
-    return results
+            self.extractor = PixelFeatures(bench.view)
+
+    @cached_property
+    def train(self) -> Features:
+        return self.features("train", self.bench.train)
+
+    @cached_property
+    def test(self) -> Features:
+        return self.features("test", self.bench.test)
+
+    def features(self, part: str, source: Source) -> Features:
+        start = time.perf_counter()
+        bench = self.bench
+        found = stored(self.extractor, source, bench.fingerprints[part], bench.share, bench.workers, bench.fresh)
+        seconds = time.perf_counter() - start
+        self.console.print(f"{self.name}: features of {len(found)} {part} images in {seconds:.0f} s", highlight=False)
+        return found
+
+    def shared_images(self) -> int:
+        """Test images whose contents are in the training set, too."""
+        return int(np.isin(self.test.hashes, self.train.hashes).sum())
 
 
-def score(
-    protocol: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int
-) -> dict[str, Any]:
-    """One protocol on pooled features [n, layers, D]. Returns a record with `accuracy`."""
-    if protocol == "knn":
-        predicted = knn_predict(train[:, -1], train_labels, test[:, -1], classes)
-        by_k = {k: float((p == test_labels).float().mean()) for k, p in predicted.items()}
-        k = K if K in by_k else max(by_k)
-        return {"accuracy": by_k[k], "k": k, "accuracy_by_k": by_k}
-    result = linear_probe(train, train_labels, test, test_labels, classes)
-    sweep = [{**asdict(head), "validation_accuracy": value} for head, value in result.sweep]
-    return {"accuracy": result.accuracy, "chosen_head": asdict(result.chosen), "sweep": sweep}
+@dataclass(frozen=True)
+class Task:
+    """One set of labels, the test's in the training set's numbering. labels: int64 [n], [m]."""
+
+    name: str
+    classes: list[str]
+    train: Tensor
+    test: Tensor
+
+
+def tasks(train: Source, test: Source) -> list[Task]:
+    """All tasks that both sets have. Raises UserError if there is none, or one with classes that the test set alone has."""
+    shared = [name for name in train.labels if name in test.labels]
+    found = [
+        Task(name, train.classes[name], torch.from_numpy(train.labels[name]), matched_labels(train, test, name))
+        for name in shared
+        if len(train.classes[name]) > 1
+    ]
+    if not found and shared:
+        raise UserError(f"evaluation needs two classes or more: '{train.classes[shared[0]][0]}' is the only one")
+    if not found:
+        raise UserError("evaluation needs labels in both sets: sub-folders as classes, or a label column")
+    return found
 
 
 def matched_labels(train: Source, test: Source, task: str) -> Tensor:
@@ -96,25 +126,156 @@ def matched_labels(train: Source, test: Source, task: str) -> Tensor:
     return torch.from_numpy(translate[test.labels[task]])
 
 
-def write(run: Path, results: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """evaluation.json in the run's folder."""
-    (run / "evaluation.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+# ---------------------------------------------------------------- protocols
 
 
-def table(results: list[dict[str, Any]], name: str) -> Table:
-    """Accuracies in percent: the encoder beside its controls, and the mean over tasks."""
-    columns = list(dict.fromkeys(r["of"] for r in results))
-    out = Table(title=f"accuracy in %, {name}")
-    for heading in ("task", "protocol"):
+@dataclass(frozen=True)
+class Asked:
+    """A protocol with its values. run: from a subject, a task and the bench to answers."""
+
+    name: str
+    config: Any
+    run: Callable[[Any, Subject, Task, Bench], list[Answer]]
+
+
+def ask_knn(config: knn.KnnConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    bank, queries = (part.rows(slice(None))[:, -1] for part in (subject.train, subject.test))
+    ks = [k for k in config.ks if k <= len(bank)]
+    if not ks:
+        raise UserError(f"k-NN with k {min(config.ks)} needs as many training images: there are {len(bank)}")
+    predicted = knn.knn_predict(bank, task.train, queries, len(task.classes), ks, config.temperature, bench.device)
+    by_k = {str(k): float((p == task.test).float().mean()) for k, p in predicted.items()}
+    k = K if K in predicted else max(predicted)
+    return [accuracy(predicted[k], task.test, len(task.classes), k=k, accuracy_by_k=by_k)]
+
+
+def ask_linear(config: linear.LinearConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    views = None
+    if config.views != "none":
+        views = partial(
+            ViewFeed, subject.extractor, bench.train, kind=config.views, seed=bench.seed, workers=bench.workers
+        )
+    half = bench.precision == "bf16"
+    probe = linear.Probe(config, subject.train, task.train, len(task.classes), bench.device, half, bench.seed, views)
+    result = probe.run(subject.test)
+    sweep = [{**asdict(head), "validation_accuracy": value} for head, value in result.sweep]
+    about = {"chosen_head": asdict(result.chosen), "sweep": sweep}
+    return [accuracy(result.predictions, task.test, len(task.classes), **about)]
+
+
+PROTOCOLS: dict[str, Asked] = {
+    "knn": Asked("knn", knn.KnnConfig(), ask_knn),
+    "linear": Asked("linear", linear.RECIPES["fast"], ask_linear),
+    **{f"linear:{name}": Asked(f"linear:{name}", config, ask_linear) for name, config in linear.RECIPES.items()},
+}
+
+
+# ---------------------------------------------------------------- questions and answers
+
+
+def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Asked], known: Sequence[dict[str, Any]],
+             console: Console) -> list[dict[str, Any]]:  # fmt: skip
+    """Ask every protocol about every encoder, and raw pixels, on every task.
+
+    encoders: by the name they get in the results. known: earlier records; what they answer is not asked again. Returns one
+    record an answer. Raises UserError for missing labels, or classes that the test set alone has.
+    """
+    found = tasks(bench.train, bench.test)
+    before = {} if bench.fresh else by_question(known)
+    records: list[dict[str, Any]] = []
+    reused = 0
+    for name in [*encoders, "raw pixels"]:
+        subject = Subject(name, encoders.get(name), bench, console)
+        for task in found:
+            for protocol in protocols:
+                question = short_hash(
+                    {
+                        "version": VERSION,
+                        "subject": subject.extractor.identity,
+                        "data": bench.fingerprints,
+                        "task": task.name,
+                        "protocol": protocol.name,
+                        "config": asdict(protocol.config),
+                        "precision": bench.precision,
+                        "seed": bench.seed,
+                    }
+                )
+                if question in before:
+                    records += before[question]
+                    reused += 1
+                    continue
+                start = time.perf_counter()
+                answers = protocol.run(protocol.config, subject, task, bench)
+                about = {
+                    "task": task.name,
+                    "protocol": protocol.name,
+                    "of": name,
+                    "image_size": bench.view.size,
+                    "images": {"train": len(bench.train), "test": len(bench.test), "shared": subject.shared_images()},
+                    "classes": task.classes,
+                    "config": asdict(protocol.config),
+                    "question": question,
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+                records += [{**about, **asdict(answer)} for answer in answers]
+    if reused:
+        console.print(f"{reused} answers were there already (--fresh asks anew)", highlight=False)
+    if shared := max(r["images"]["shared"] for r in records):
+        console.print(f"warning: {shared} test images are in the training set, too", style="yellow", highlight=False)
+    return records
+
+
+def by_question(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["question"], []).append(record)
+    return found
+
+
+# ---------------------------------------------------------------- the table
+
+
+def rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Subjects, and a row of cells for each task, protocol and metric; a mean for tasks that share a protocol's metric."""
+    subjects = list(dict.fromkeys(r["of"] for r in records))
+    lines: list[list[str]] = []
+    for protocol, metric in dict.fromkeys((r["protocol"], r["metric"]) for r in records):
+        mine = [r for r in records if (r["protocol"], r["metric"]) == (protocol, metric)]
+        value = {(r["task"], r["of"]): r for r in mine}
+        names = list(dict.fromkeys(r["task"] for r in mine))
+        unit = f"{metric}, %" if metric in SHARES else metric
+        for task in names:
+            lines.append([task, protocol, unit, *(cell(value.get((task, s))) for s in subjects)])
+        if len(names) > 1:
+            means = [[value[t, s]["value"] for t in names if (t, s) in value] for s in subjects]
+            lines.append(["mean", protocol, unit, *(shown(sum(m) / len(m), metric) if m else "" for m in means)])
+    return subjects, lines
+
+
+def cell(record: dict[str, Any] | None) -> str:
+    """54.9 ± 1.0, or nothing."""
+    if record is None:
+        return ""
+    text = shown(record["value"], record["metric"])
+    if record["interval"]:
+        low, high = record["interval"]
+        text += f" ± {shown((high - low) / 2, record['metric'])}"
+    return text
+
+
+def shown(value: float, metric: str) -> str:
+    return f"{100 * value:.1f}" if metric in SHARES else f"{value:.3g}"
+
+
+def table(records: Sequence[dict[str, Any]], title: str) -> Table:
+    """Every subject beside its controls, 95 % intervals over the test set."""
+    subjects, lines = rows(records)
+    out = Table(title=title)
+    for heading in ("task", "protocol", "metric"):
         out.add_column(heading)
-    for heading in columns:
+    for heading in subjects:
         out.add_column(heading, justify="right")
-    value = {(r["task"], r["protocol"], r["of"]): 100 * r["accuracy"] for r in results}
-    tasks, protocols = (list(dict.fromkeys(r[key] for r in results)) for key in ("task", "protocol"))
-    for protocol in protocols:
-        for task in tasks:
-            out.add_row(task, protocol, *(f"{value[task, protocol, c]:.1f}" for c in columns))
-        if len(tasks) > 1:
-            means = [sum(value[task, protocol, c] for task in tasks) / len(tasks) for c in columns]
-            out.add_row("mean", protocol, *(f"{m:.1f}" for m in means), style="bold", end_section=True)
+    for line in lines:
+        mean = line[0] == "mean"
+        out.add_row(*line, style="bold" if mean else None, end_section=mean)
     return out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from openjepa.recipes.evaluation import evaluate_run
+from openjepa.recipes.evaluation import Question, evaluate
 from openjepa.recipes.ijepa import ijepa_scenes
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.report import report
@@ -21,7 +21,7 @@ def demo(out: Path, seed: int, console: Console) -> None:
     recipe = replace(ijepa_scenes(), seed=seed)
     console.print(f"pretraining on {TRAIN}: rendered scenes of 3 to 10 objects; nothing is downloaded", highlight=False)
     pretrain(recipe, TRAIN, out, console)
-    evaluate_run(out, LABELLED, TEST, ["knn", "linear"], "target_encoder", "auto", console)
+    evaluate(Question(source=str(out), train=LABELLED, test=TEST, seed=seed), {}, console)
     page = report(out)
     console.print(
         f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_cifar10_cpu --data YOUR_IMAGES --out runs/first",

@@ -22,7 +22,7 @@ from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run, write_whole
 from openjepa.engine.train import train
 from openjepa.errors import UserError
-from openjepa.evaluate.features import Images, extract
+from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
@@ -166,10 +166,12 @@ def online_knn(
         return None
     chosen = permutation(recipe.seed, "online knn", 0, len(source))[: recipe.monitors.knn_images]
     cut = max(1, len(chosen) // 5)
-    images = Images(source, chosen, recipe.model.image_size, recipe.model.channels, skip_bad=True)
+    view = View(recipe.model.image_size, recipe.model.channels)
+    images = Images(source, chosen, view, skip_bad=True)
+    extractor = EncoderFeatures(Encoder(encoder, normalise, "target_encoder").eval(), view, autocast, "", layers=1)
 
     def knn() -> dict[str, float]:
-        features = extract(encoder, images, normalise, autocast, layers=1)[:, -1]
+        features = extract(extractor, images)[:, -1]
         scores = {}
         for task in tasks:
             labels = torch.from_numpy(source.labels[task][chosen])

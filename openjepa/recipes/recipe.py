@@ -146,6 +146,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         size = None if args[-1] is Ellipsis else len(args)
         if isinstance(value, int | float) and where == "model.image_size":
             value = [value, value]
+        if size is None and isinstance(value, int | float | str):  # a list of one
+            value = [value]
         if not isinstance(value, list | tuple) or (size is not None and len(value) != size):
             raise UserError(f"{where} is {value!r}: expected {'a list' if size is None else f'{size} numbers'}")
         kinds = args[:1] * len(value) if size is None else args

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from openjepa.data.sources import Source, open_source
 from openjepa.engine.run import read_metrics
-from openjepa.evaluate.features import Images
+from openjepa.evaluate import suite
+from openjepa.evaluate.features import Images, View
 from openjepa.masking import sample
+from openjepa.recipes import evaluation
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import to_yaml
 from openjepa.rng import permutation
 from openjepa.see import figures
-from openjepa.see.report import Section, code, scores_table, write_report
+from openjepa.see.report import Section, code, html_table, write_report
 
 SHOWN = 8  # images in a row
 SEARCHED = 1500  # images that neighbours are looked for in
@@ -31,13 +33,8 @@ def report(run: Path) -> Path:
     encoder, control = load(run), random_encoder(recipe)
     source = open_source(data["data"], recipe.model.image_size)
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
-    metrics, evaluated = read_metrics(run), evaluation(run)
-    sections = []
-    if evaluated:
-        results = evaluated["results"]
-        network = evaluated["network"].replace("_", " ")
-        text = f"The pretrained {network}, the same network with random weights, and raw pixels, on held-out images."
-        sections.append(Section("What it is worth", text, figures.scores_figure(results), scores_table(results)))
+    metrics, answers = read_metrics(run), evaluation.read(run)
+    sections = [section for test in dict.fromkeys(r["test"] for r in answers) for section in worth(answers, test)]
     masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
     sections += [
         Section(
@@ -75,18 +72,31 @@ def report(run: Path) -> Path:
     return path
 
 
+def worth(answers: list[dict[str, Any]], test: str) -> list[Section]:
+    """The scores on one test set, and who is taken for whom."""
+    records = [r for r in answers if r["test"] == test]
+    network = " and ".join(dict.fromkeys(r["network"].replace("_", " ") for r in records))
+    text = (
+        f"The pretrained {network}, the same network with random weights, and raw pixels, on {test}. The bars' ends and the "
+        "± are 95 % intervals over the test images."
+    )
+    subjects, rows = suite.rows(records)
+    table = html_table(["task", "protocol", "metric"], subjects, rows)
+    sections = [Section("What it is worth", text, figures.scores_figure(records), table)]
+    shown = [r for r in records if r["of"] == "pretrained" and "confusion" in r["details"]]
+    if shown:
+        protocol = "linear" if any(r["protocol"] == "linear" for r in shown) else shown[0]["protocol"]
+        chosen = [r for r in shown if r["protocol"] == protocol]
+        text = f"Of the images of each class, the share that {protocol} takes for each other."
+        sections.append(Section("What it confuses", text, figures.confusion_figure(chosen)))
+    return sections
+
+
 def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """A fixed random choice of images, uint8 [n, C, H, W]."""
     chosen = permutation(seed, "report", 0, len(source))[:SEARCHED]
-    images = Images(source, chosen, size, channels, skip_bad=True)
+    images = Images(source, chosen, View(size, channels), skip_bad=True)
     return torch.stack([images[i] for i in range(len(images))])
-
-
-def evaluation(run: Path) -> dict[str, Any]:
-    """What RUN/evaluation.json holds, or nothing."""
-    file = run / "evaluation.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found
 
 
 def pretty(value: Any) -> str:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from openjepa.evaluate.scores import SHARES, dense
 from openjepa.masking import Masks
 from openjepa.models.encoder import Encoder
 
@@ -101,23 +102,56 @@ def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def scores_figure(results: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy of the encoder and its controls, a group for each task and protocol."""
-    names = list(dict.fromkeys(r["of"] for r in results))
-    groups = list(dict.fromkeys((r["protocol"], r["task"]) for r in results))
-    value = {(r["protocol"], r["task"], r["of"]): 100 * r["accuracy"] for r in results}
+def scores_figure(records: Sequence[dict[str, Any]]) -> Figure | None:
+    """What can be shown in percent, of the encoder and its controls with 95 % intervals; a group a task and protocol."""
+    records = [r for r in records if r["metric"] in SHARES]
+    if not records:
+        return None
+    names = list(dict.fromkeys(r["of"] for r in records))
+    groups = list(dict.fromkeys((r["protocol"], r["task"]) for r in records))
+    found = {(r["protocol"], r["task"], r["of"]): r for r in records}
     figure = Figure(figsize=(max(4.5, 1.25 * len(groups) + 1.5), 3.0), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(names)
     for j, name in enumerate(names):
-        heights = [value[(*group, name)] for group in groups]
-        places = np.arange(len(groups)) + (j - (len(names) - 1) / 2) * width
-        bars = axis.bar(places, heights, 0.92 * width, label=name, color=(BLUE, ORANGE, GREY)[j % 3])
+        at = [i for i, group in enumerate(groups) if (*group, name) in found]
+        mine = [found[(*groups[i], name)] for i in at]
+        heights = 100 * np.array([r["value"] for r in mine])
+        ends = 100 * np.array([r["interval"] or (r["value"], r["value"]) for r in mine]).reshape(-1, 2)
+        bars = axis.bar(
+            np.array(at) + (j - (len(names) - 1) / 2) * width,
+            heights,
+            0.92 * width,
+            label=name,
+            color=(BLUE, ORANGE, GREY)[j % 3],
+            yerr=np.abs(ends.T - heights),
+            error_kw={"elinewidth": 0.8, "ecolor": INK},
+        )
         axis.bar_label(bars, fmt="%.0f", fontsize=7, color=INK, padding=1)
     axis.set_xticks(range(len(groups)), [f"{task}\n{protocol}" for protocol, task in groups], fontsize=8)
-    axis.set_ylabel("accuracy, %", fontsize=8)
+    axis.set_ylabel("%", fontsize=8)
     axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1))
     tidy(axis)
+    return figure
+
+
+def confusion_figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """A square a task: rows are true classes, columns what they are taken for, each row's shares."""
+    figure = Figure(figsize=(3.4 * len(records), 3.4), layout="constrained")
+    for axis, record in zip(np.atleast_1d(figure.subplots(1, len(records))), records, strict=True):
+        classes = record["classes"]
+        counts = dense(record["details"]["confusion"], len(classes))
+        axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(record["task"], fontsize=10, color=INK)
+        axis.set(xticks=[], yticks=[])
+        if len(classes) <= 24:
+            axis.set_xticks(range(len(classes)), classes, fontsize=7, rotation=90)
+            axis.set_yticks(range(len(classes)), classes, fontsize=7)
+        if len(classes) <= 12:
+            for i, j in np.argwhere(counts):
+                share = counts[i, j] / counts[i].sum()
+                colour = "white" if share > 0.5 else INK
+                axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=colour)
     return figure
 
 

@@ -8,7 +8,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -60,26 +59,16 @@ def picture(section: Section) -> str:
     return f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
 
 
-def scores_table(results: Sequence[dict[str, Any]]) -> str:
-    """Accuracies in percent, a row for each task and protocol, a mean for each protocol with several tasks."""
-    names = list(dict.fromkeys(r["of"] for r in results))
-    protocols = list(dict.fromkeys(r["protocol"] for r in results))
-    tasks = list(dict.fromkeys(r["task"] for r in results))
-    value = {(r["protocol"], r["task"], r["of"]): 100 * r["accuracy"] for r in results}
+def html_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """words, numbers: the headings of columns of text and, after them, of figures. A row that begins with `mean` is bold."""
 
-    def row(kind: str, cells: Sequence[str], numbers: Sequence[str]) -> str:
-        rest = "".join(f'<td class="n">{n}</td>' for n in numbers)
-        return f'<tr class="{kind}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + rest + "</tr>"
+    def cells(kind: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{kind}{' class=n' if i >= len(words) else ''}>{html.escape(text)}</{kind}>" for i, text in enumerate(row)
+        )
 
-    rows = []
-    for protocol in protocols:
-        for task in tasks:
-            rows.append(row("", (task, protocol), [f"{value[protocol, task, n]:.1f}" for n in names]))
-        if len(tasks) > 1:
-            means = [sum(value[protocol, task, n] for task in tasks) / len(tasks) for n in names]
-            rows.append(row("mean", ("mean", protocol), [f"{m:.1f}" for m in means]))
-    head = "<th>task</th><th>protocol</th>" + "".join(f'<th class="n">{html.escape(n)}</th>' for n in names)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    body = "".join(f"<tr{' class=mean' if row[0] == 'mean' else ''}>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{cells('th', [*words, *numbers])}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def code(title: str, text: str) -> str:
