@@ -66,7 +66,7 @@ def test_public_names_are_there():
         ("pretrain --config {tmp}/bad.yaml --data x --out {tmp}/r", "is not YAML"),
         ("pretrain --config {tmp}/file --data x --out {tmp}/r", "expected keys and values"),
         ("pretrain --recipe ijepa_scenes --data x --out {tmp}/r stray", "unexpected argument 'stray'"),
-        ("evaluate {tmp}/none --train x --test x", "is not a run"),
+        ("evaluate {tmp}/none --train x --test x", "no such file or folder"),
         ("report {tmp}/none", "is not a run"),
         ("recipes nothing", "unknown recipe"),
         ("import {tmp}/none --out {tmp}/r", "no such file or folder"),
@@ -124,7 +124,7 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path, tiny, folder):
     assert status == 0
     assert "raw pixels" in text
     status, text, _ = run(monkeypatch, capsys, "report", str(out))
-    assert (out / "report.html").read_text().count("data:image/png;base64,") == 5
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 6  # scores and confusion, too
 
 
 def test_real_images_give_the_same_losses_from_a_folder_parquet_and_shards(

@@ -6,11 +6,28 @@ They compare runs of one family, not of several (their papers' caution, and ours
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from openjepa.errors import UserError
+
 ALPHA_RANGE = (11, 50)  # eigenvalues that the slope is fitted to, from 1: α-ReQ, section 3
 LIDAR_DELTA = 1e-4  # added to the within-scatter's diagonal: LiDAR, algorithm 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """How many images tell it: RankMe's and α-ReQ's, and LiDAR's with its augmented views of each."""
+
+    images: int = 25600
+    lidar_images: int = 1000
+    lidar_views: int = 10
+
+    def __post_init__(self) -> None:
+        if self.images < 2 or self.lidar_images < 2 or self.lidar_views < 2:
+            raise UserError("quality: images, lidar_images and lidar_views are at least 2")
 
 
 def rankme(features: Tensor) -> float:

@@ -18,11 +18,15 @@ SHARES = ("accuracy", "mIoU")  # metrics that are shown in percent
 
 @dataclass(frozen=True)
 class Answer:
-    """One number. metric: accuracy and mIoU are shares of 1. interval: 95 %, where there is one."""
+    """One number. metric: accuracy and mIoU are shares of 1. interval: 95 % over test images, where there is one.
+
+    spread: standard deviation over draws, where there are several.
+    """
 
     metric: str
     value: float
     interval: tuple[float, float] | None = None
+    spread: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,7 +40,7 @@ def accuracy(predictions: Tensor, labels: Tensor, classes: int, **details: Any) 
     correct = predictions == labels
     mean = float(np.mean([share for share in per_class if share is not None]))
     about = {"mean_per_class": mean, "per_class": per_class, "confusion": sparse(confusion)}
-    return Answer("accuracy", float(correct.float().mean()), bootstrap(correct), {**details, **about})
+    return Answer("accuracy", float(correct.float().mean()), bootstrap(correct), details={**details, **about})
 
 
 def sparse(confusion: Tensor) -> list[list[int]]:

@@ -14,22 +14,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from openjepa.data.sources import Source
 from openjepa.errors import UserError
-from openjepa.evaluate import knn, linear
+from openjepa.evaluate import attentive, finetune, knn, linear, lowshot, quality
 from openjepa.evaluate.features import (
+    BATCH,
     EncoderFeatures,
     Extractor,
     Features,
+    Images,
     PixelFeatures,
     View,
     short_hash,
     stored,
 )
 from openjepa.evaluate.scores import SHARES, Answer, accuracy
-from openjepa.evaluate.views import ViewFeed
+from openjepa.evaluate.views import Augmented, Kind, ViewFeed
 from openjepa.models.encoder import Encoder
+from openjepa.rng import permutation
 
 LAYERS = 4
 K = 20  # the k of the table; all of them are in the JSON
@@ -131,11 +135,17 @@ def matched_labels(train: Source, test: Source, task: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Asked:
-    """A protocol with its values. run: from a subject, a task and the bench to answers."""
+    """A protocol with its values. run: from a subject, a task and the bench to answers.
+
+    labels: whether it needs them; without, it is asked once and its task is of no matter. pixels: whether raw pixels can be
+    asked, too.
+    """
 
     name: str
     config: Any
     run: Callable[[Any, Subject, Task, Bench], list[Answer]]
+    labels: bool = True
+    pixels: bool = True
 
 
 def ask_knn(config: knn.KnnConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
@@ -163,10 +173,84 @@ def ask_linear(config: linear.LinearConfig, subject: Subject, task: Task, bench:
     return [accuracy(result.predictions, task.test, len(task.classes), **about)]
 
 
+def ask_lowshot(config: lowshot.LowShotConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    several = lowshot.draws(config, bench.train, task.train, bench.seed)
+    results: dict[str, dict[str, Any]] = {}
+    first: dict[str, Tensor] = {}  # draw's predictions: the confusion is theirs
+    for method in config.methods:
+        if method == "linear":
+            fits = [lowshot.logistic(config, subject.train, task.train, rows, subject.test) for rows in several]
+        elif subject.encoder:
+            fits = [(finetuned(config.finetune, subject, task, bench, rows), {}) for rows in several]
+        else:
+            continue
+        shares = [float((predictions == task.test).float().mean()) for predictions, _ in fits]
+        results[method] = {
+            "accuracy": float(np.mean(shares)),
+            "spread": float(np.std(shares, ddof=1)) if len(shares) > 1 else None,
+            "draws": [{"accuracy": share, **about} for share, (_, about) in zip(shares, fits, strict=True)],
+        }
+        first[method] = fits[0][0]
+    if not results:
+        return []
+    best = max(results, key=lambda method: results[method]["accuracy"])
+    details = {"labels": len(several[0]), "best": best, "methods": results}
+    details |= accuracy(first[best], task.test, len(task.classes)).details
+    return [Answer("accuracy", results[best]["accuracy"], spread=results[best]["spread"], details=details)]
+
+
+def ask_attentive(config: attentive.AttentiveConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    assert isinstance(subject.extractor, EncoderFeatures)
+    result = attentive.attentive_probe(
+        config, subject.extractor, bench.train, task.train, bench.test, len(task.classes), bench.seed, bench.workers
+    )
+    about = {"chosen_head": result.chosen, "sweep": result.sweep}
+    return [accuracy(result.predictions, task.test, len(task.classes), **about)]
+
+
+def ask_finetune(config: finetune.FinetuneConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    predictions = finetuned(config, subject, task, bench, np.arange(len(bench.train)))
+    return [accuracy(predictions, task.test, len(task.classes))]
+
+
+def finetuned(config: finetune.FinetuneConfig, subject: Subject, task: Task, bench: Bench, rows: np.ndarray) -> Tensor:
+    """What an encoder that learned from some of the labels makes of the test set, int64 [m]."""
+    assert subject.encoder
+    model = finetune.finetune(
+        config, subject.encoder, bench.train, rows, task.train[rows], len(task.classes), bench.view, bench.autocast,
+        bench.seed, bench.workers)  # fmt: skip
+    images = Images(bench.test, np.arange(len(bench.test)), bench.view)
+    return finetune.classify(model, subject.encoder, images, bench.autocast, bench.workers)
+
+
+def ask_quality(config: quality.QualityConfig, subject: Subject, task: Task, bench: Bench) -> list[Answer]:
+    last = subject.train.rows(permutation(bench.seed, "quality", 0, len(subject.train))[: config.images])[:, -1]
+    rows = permutation(bench.seed, "lidar", 0, len(subject.train))[: config.lidar_images]
+    kind: Kind = "squash" if bench.view.squash else "crop"
+    views = []
+    for epoch in range(config.lidar_views):
+        images = Augmented(bench.train, rows, bench.view, kind, bench.seed, epoch)
+        loader = DataLoader(images, batch_size=BATCH, num_workers=bench.workers)
+        views.append(torch.cat([subject.extractor(batch)[:, -1] for batch in loader]))
+    about = {"dimensions": last.shape[1], "images": len(last)}
+    return [
+        Answer("RankMe", quality.rankme(last), details=about),
+        Answer("alpha-ReQ", quality.alpha_req(last), details=about),
+        Answer("LiDAR", quality.lidar(torch.stack(views, 1)), details={**about, "images": len(rows)}),
+    ]
+
+
 PROTOCOLS: dict[str, Asked] = {
     "knn": Asked("knn", knn.KnnConfig(), ask_knn),
     "linear": Asked("linear", linear.RECIPES["fast"], ask_linear),
     **{f"linear:{name}": Asked(f"linear:{name}", config, ask_linear) for name, config in linear.RECIPES.items()},
+    **{f"lowshot:{name}": Asked(f"lowshot:{name}", config, ask_lowshot) for name, config in lowshot.RECIPES.items()},
+    "attentive": Asked("attentive", attentive.AttentiveConfig(), ask_attentive, pixels=False),
+    **{
+        f"finetune:{name}": Asked(f"finetune:{name}", config, ask_finetune, pixels=False)
+        for name, config in finetune.RECIPES.items()
+    },
+    "quality": Asked("quality", quality.QualityConfig(), ask_quality, labels=False, pixels=False),
 }
 
 
@@ -180,14 +264,17 @@ def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Ask
     encoders: by the name they get in the results. known: earlier records; what they answer is not asked again. Returns one
     record an answer. Raises UserError for missing labels, or classes that the test set alone has.
     """
-    found = tasks(bench.train, bench.test)
+    nothing = Task("", [], torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    found = tasks(bench.train, bench.test) if any(protocol.labels for protocol in protocols) else []
     before = {} if bench.fresh else by_question(known)
     records: list[dict[str, Any]] = []
     reused = 0
     for name in [*encoders, "raw pixels"]:
         subject = Subject(name, encoders.get(name), bench, console)
-        for task in found:
-            for protocol in protocols:
+        for protocol in protocols:
+            if not subject.encoder and not protocol.pixels:
+                continue
+            for task in found if protocol.labels else [nothing]:
                 question = short_hash(
                     {
                         "version": VERSION,
@@ -257,10 +344,8 @@ def cell(record: dict[str, Any] | None) -> str:
     if record is None:
         return ""
     text = shown(record["value"], record["metric"])
-    if record["interval"]:
-        low, high = record["interval"]
-        text += f" ± {shown((high - low) / 2, record['metric'])}"
-    return text
+    low, high = record["interval"] or (0, 2 * (record["spread"] or 0))
+    return text + (f" ± {shown((high - low) / 2, record['metric'])}" if high > low else "")
 
 
 def shown(value: float, metric: str) -> str:

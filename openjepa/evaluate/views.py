@@ -50,6 +50,12 @@ class Augmented(Dataset[Tensor]):
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
+def batches(images: Dataset[Tensor], labels: Tensor, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole batches in order, with their labels: uint8 [B, C, H, W], int64 [B]."""
+    loader = DataLoader(images, batch_size=size, num_workers=workers, drop_last=True)
+    yield from zip(loader, labels.split(size), strict=False)
+
+
 class ViewFeed:
     """Features of augmented views, made as they are asked for."""
 
@@ -67,15 +73,8 @@ class ViewFeed:
         return int(d if name == "last" else layers * d)
 
     def batches(self, epoch: int, size: int) -> Iterator[tuple[Batch, Tensor]]:
-        order = permutation(self.seed, "probe order", epoch, len(self))[: len(self) // size * size]
+        order = permutation(self.seed, "probe order", epoch, len(self))
         images = Augmented(self.source, self.rows[order], self.extractor.view, self.kind, self.seed, epoch)
-        parts: list[Tensor] = []
-        done = 0
-        for batch in DataLoader(images, batch_size=min(BATCH, size), num_workers=self.workers):
-            parts.append(self.extractor(batch))
-            if sum(map(len, parts)) >= size:
-                features = torch.cat(parts)
-                parts = [features[size:]] if len(features) > size else []
-                sets = {name: feature_set(features[:size], name) for name in ("last", "concat4")}
-                yield sets, self.labels[order[done : done + size]]
-                done += size
+        for batch, labels in batches(images, self.labels[order], size, self.workers):
+            features = torch.cat([self.extractor(part) for part in batch.split(BATCH)])
+            yield {name: feature_set(features, name) for name in ("last", "concat4")}, labels

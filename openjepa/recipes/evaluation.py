@@ -26,7 +26,7 @@ from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
-from openjepa.recipes.recipe import from_dict, parse
+from openjepa.recipes.recipe import from_dict, nested
 
 FILE = "evaluation.json"
 
@@ -111,12 +111,10 @@ def asked(names: Sequence[str], values: Mapping[str, str]) -> list[Asked]:
             choices = ", ".join(suite.PROTOCOLS)
             raise UserError(f"unknown protocol '{name}': one of {choices}{nearest(name, suite.PROTOCOLS)}")
     kinds = {name: name.partition(":")[0] for name in names}
-    trees: dict[str, dict[str, Any]] = {}
-    for path, text in values.items():
-        kind, _, field = path.partition(".")
-        if kind not in kinds.values() or not field:
+    trees = nested(values)
+    for path in values:
+        if path.partition(".")[0] not in kinds.values() or "." not in path:
             raise UserError(f"--{path} belongs to none of the protocols asked for: {', '.join(names)}")
-        trees.setdefault(kind, {})[field] = parse(path, text)
     protocols = [suite.PROTOCOLS[name] for name in dict.fromkeys(names)]
     return [
         replace(p, config=from_dict(type(p.config), trees.get(kinds[p.name], {}), kinds[p.name], base=p.config))

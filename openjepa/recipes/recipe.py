@@ -166,6 +166,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
     """A recipe with some dotted keys changed: {"optim.lr": "1e-3"}."""
+    return from_dict(Recipe, nested(values), base=recipe)
+
+
+def nested(values: Mapping[str, str]) -> dict[str, Any]:
+    """{"optim.lr": "1e-3"} to {"optim": {"lr": 1e-3}}. Raises UserError."""
     tree: dict[str, Any] = {}
     for path, text in values.items():
         *parents, name = path.split(".")
@@ -175,7 +180,7 @@ def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
             if not isinstance(node, dict):
                 raise UserError(f"--{path}: {part} was given a value of its own")
         node[name] = parse(path, text)
-    return from_dict(Recipe, tree, base=recipe)
+    return tree
 
 
 def of_processes(recipe: Recipe, processes: int) -> Recipe:
