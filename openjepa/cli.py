@@ -10,7 +10,7 @@ from typing import Any
 from openjepa import __version__
 from openjepa.errors import UserError, nearest
 
-SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT] or scenes[:N]"
+SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
 
 
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
@@ -47,12 +47,15 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     from openjepa.recipes.evaluation import Question, evaluate
 
-    names = ("source", "train", "test", "network", "device", "seed", "squash", "fresh")
+    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh")
     question = Question(
         **{name: getattr(args, name) for name in names},
         image_size=height_and_width(args.image_size),
         share=args.crop,
-        protocols=args.protocols.split(","),
+        sets=args.sets.split(",") if args.sets else (),
+        protocols=args.protocols.split(",") if args.protocols else None,
+        tasks=args.tasks.split(",") if args.tasks else None,
+        root=Path(args.root) if args.root else None,
         out=Path(args.out) if args.out else None,
     )
     evaluate(question, pairs(rest), Console())
@@ -181,15 +184,26 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any value of a protocol: --linear.epochs 100, --knn.ks 10,20 (docs/evaluation.md lists them)",
     )
     p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
-    p.add_argument("--train", metavar="SPEC", required=True, help="labelled images that probes learn from")
-    p.add_argument("--test", metavar="SPEC", required=True, help="labelled images that they are scored on")
-    p.add_argument("--protocols", default="knn,linear", metavar="LIST")
+    p.add_argument("--train", metavar="SPEC", help="labelled images that probes learn from")
+    p.add_argument("--test", metavar="SPEC", help="labelled images that they are scored on")
+    p.add_argument(
+        "--sets", metavar="NAMES", help="instead: data sets by name, such as cifar100,food101 (docs/evaluation.md)"
+    )
+    p.add_argument(
+        "--suite", metavar="NAME", help="instead: paper (its tables), or transfer (every set that is at hand)"
+    )
+    p.add_argument("--root", metavar="DIR", help="where sets lie by their names: DIR/NAME/train, DIR/NAME/val")
+    p.add_argument(
+        "--protocols", metavar="NAMES", help="knn,linear unless told; lowshot:1%%,attentive,segment:knn,depth,quality …"
+    )
+    p.add_argument("--tasks", metavar="NAMES", help="all sets of labels unless told")
     p.add_argument("--network", choices=("target_encoder", "encoder"), help="target_encoder unless told")
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
     p.add_argument(
-        "--crop", type=float, default=1.0, metavar="SHARE", help="0.875 is resize 256, crop 224; 1 unless told"
+        "--crop", type=float, metavar="SHARE", help="0.875 is resize 256, crop 224; 1, or the named set's, unless told"
     )
     p.add_argument("--squash", action="store_true", help="the whole image without keeping its aspect, as for CLEVR")
+    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of the encoder and the probes: the run's")
     p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
     p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
     p.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ import pytest
 
 from openjepa import cli
 from openjepa.bench import parts
-from openjepa.evaluate import linear, suite
+from openjepa.evaluate import linear, protocols
 from openjepa.recipes import demo
 
 
@@ -18,8 +18,8 @@ def small(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
     recipe = replace(tiny, model=replace(tiny.model, image_size=(32, 32)))
     monkeypatch.setattr(demo, "ijepa_scenes", lambda: recipe)
-    short = replace(suite.PROTOCOLS["linear"], config=replace(linear.RECIPES["fast"], min_steps=60, epochs=10))
-    monkeypatch.setitem(suite.PROTOCOLS, "linear", short)
+    short = replace(protocols.PROTOCOLS["linear"], config=replace(linear.RECIPES["fast"], min_steps=60, epochs=10))
+    monkeypatch.setitem(protocols.PROTOCOLS, "linear", short)
     for name, scenes in (("TRAIN", "scenes:48"), ("LABELLED", "scenes:96"), ("TEST", "scenes:96-160")):
         monkeypatch.setattr(demo, name, scenes)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from openjepa.data.sources import Source, open_source
 from openjepa.errors import UserError
 from openjepa.evaluate import features, suite
 from openjepa.evaluate.features import EncoderFeatures, Images, PixelFeatures, View, extract, stored
-from openjepa.evaluate.suite import Bench
+from openjepa.evaluate.subjects import Bench
 from openjepa.evaluate.views import ViewFeed
 from openjepa.recipes import evaluation
 from openjepa.recipes.evaluation import Question
@@ -37,7 +38,11 @@ def extractor(recipe, view: View = VIEW, layers: int = 2) -> EncoderFeatures:
 
 
 def bench(train: Source, test: Source, **more: object) -> Bench:
-    return Bench(train, test, VIEW, torch.device("cpu"), "fp32", contextlib.nullcontext, **more)
+    return Bench(train, test, VIEW, 4, torch.device("cpu"), "fp32", contextlib.nullcontext, **more)
+
+
+def answers(encoders: dict, on: Bench, asked: list, console: Console = QUIET) -> list[dict]:
+    return list(chain.from_iterable(suite.evaluate(encoders, on, asked, [], console)))
 
 
 SHORT = {"linear.epochs": "2", "linear.min_steps": "40"}
@@ -192,7 +197,7 @@ def test_the_suite_scores_encoders_beside_raw_pixels(tiny, folder, capsys):
     source = open_source(str(folder))
     encoders = {"pretrained": random_encoder(tiny)}
     asked = evaluation.asked(["knn", "linear"], SHORT)
-    results = suite.evaluate(encoders, bench(source, source), asked, [], Console())
+    results = answers(encoders, bench(source, source), asked, Console())
     assert {(r["protocol"], r["of"]) for r in results} == {
         (p, o) for p in ("knn", "linear") for o in ("pretrained", "raw pixels")
     }
@@ -203,7 +208,7 @@ def test_the_suite_scores_encoders_beside_raw_pixels(tiny, folder, capsys):
     assert linear["images"]["shared"] == 40
     assert "40 test images are in the training set" in capsys.readouterr().out
     reordered = Renamed(source, ["red", "blue"], 1 - source.labels["label"])
-    again = suite.evaluate(encoders, bench(source, reordered), asked[:1], [], QUIET)
+    again = answers(encoders, bench(source, reordered), asked[:1])
     assert [r["value"] for r in again] == [r["value"] for r in results if r["protocol"] == "knn"]
 
 
@@ -293,7 +298,7 @@ def test_labels_that_do_not_fit_are_refused(tiny, folder, classes, says):
     other = Renamed(source, classes, one)
     train = other if classes == ["blue"] else source
     with pytest.raises(UserError, match=says):
-        suite.evaluate({"x": random_encoder(tiny)}, bench(train, other), evaluation.asked(["knn"], {}), [], QUIET)
+        answers({"x": random_encoder(tiny)}, bench(train, other), evaluation.asked(["knn"], {}))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +320,7 @@ def test_fewer_images_than_neighbours(tiny, folder):
     source = open_source(str(folder))
     asked = evaluation.asked(["knn"], {"knn.ks": "50,100"})
     with pytest.raises(UserError, match="k 50 needs as many training images: there are 40"):
-        suite.evaluate({"x": random_encoder(tiny)}, bench(source, source), asked, [], QUIET)
+        answers({"x": random_encoder(tiny)}, bench(source, source), asked)
 
 
 def test_the_command_line_says_mistakes_in_one_line(run, folder, monkeypatch, capsys):

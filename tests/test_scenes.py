@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from openjepa.data.scenes import CLASSES, MARGIN, Object, Scene, Scenes, compose, local, normals, render, span
+from openjepa.data.raycast import Object, Scene, annotate, local, normals, render, span
+from openjepa.data.scenes import CLASSES, MARGIN, Scenes, compose, labels
 
 
 def test_a_scene_is_a_function_of_seed_and_number():
@@ -21,9 +22,9 @@ def test_objects_never_touch():
 
 
 def test_every_class_of_every_task_occurs():
-    labels = [compose(0, k).labels() for k in range(600)]
+    found = [labels(compose(0, k)) for k in range(600)]
     for task, names in CLASSES.items():
-        counts = np.bincount([label[task] for label in labels], minlength=len(names))
+        counts = np.bincount([label[task] for label in found], minlength=len(names))
         assert len(counts) == len(names)
         assert counts.min() >= 20
 
@@ -35,7 +36,7 @@ def test_distance_classes_are_vtabs():
         eye[2] = 0.35
         thing = Object(0, 0.35, 0, 0, depth, 0.0, 0.0)
         view = np.array([[0, -1.0, 0], [0, 0, 1.0], [1.0, 0, 0]])
-        assert Scene([thing], eye, view, base.lamp).labels()["distance"] == expected
+        assert labels(Scene([thing], eye, view, base.lamp))["distance"] == expected
 
 
 @pytest.mark.parametrize("shape", [0, 1, 2])

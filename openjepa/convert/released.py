@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ HEADER = ("epoch", "loss", "batch_size", "world_size", "lr")
 def read_pickle(file: Path) -> Any:
     """What a pickle holds, if it is tensors and plain values alone. Raises UserError; nothing in it is ever run."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )  # not read: mapped
     except pickle.UnpicklingError as error:
         if wants := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(

@@ -14,8 +14,9 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,14 @@ IN_MEMORY = 2**30  # Parquet bytes read whole; more is laid out on disk and memo
 class Source:
     """A numbered list of images with their labels, if any.
 
-    labels: for each task, int64 [len]. classes: for each task, the class names.
+    labels: for each task, int64 [len]. classes: for each task, the class names. maps: for each dense task, the class names,
+    or None for depths. whole: images must be seen whole, as objects at their borders count.
     """
 
     labels: dict[str, np.ndarray]
     classes: dict[str, list[str]]
+    maps: Mapping[str, list[str] | None] = MappingProxyType({})
+    whole: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -45,9 +49,20 @@ class Source:
         """The index-th image, encoded (bytes) or not (Pillow image, uint8 array)."""
         raise NotImplementedError
 
+    def read_map(self, task: str, index: int) -> np.ndarray:
+        """A dense task's answer for the index-th image, upright, of any size.
+
+        Classes in uint8 [H, W], 255 where there is none; or depths in float32 [H, W], 0 where it is not known.
+        """
+        raise NotImplementedError
+
     def name(self, index: int) -> str:
         """What to call the image in a log."""
         raise NotImplementedError
+
+    def sizes(self) -> np.ndarray:
+        """The encoded bytes of every image, where that is known without reading them. int64 [len], or empty."""
+        return np.empty(0, dtype=np.int64)
 
     def fingerprint(self, probes: int = 64) -> str:
         """A short hash of the length, the labels and some evenly spaced images."""
@@ -73,6 +88,10 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
         from openjepa.data.scenes import Scenes
 
         return Scenes.from_spec(rest, image_size)
+    if kind == "clevr":
+        from openjepa.data.clevr import Clevr
+
+        return Clevr(rest)
     if kind == "hf":
         return from_hub(rest)
     if kind == "torchvision":
@@ -87,6 +106,10 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
         raise UserError(f"data '{spec}': no such file or folder{hint}")
     if path.is_file():
         raise UserError(f"data '{spec}' is a file of a kind that is not read: give a folder, *.parquet or *.tar")
+    if (path / "images").is_dir() and any((path / name).is_dir() for name in ("masks", "depth")):
+        from openjepa.data.annotated import Annotated
+
+        return Annotated(path)
     if not (images := list(walk(path))):
         parquet = sorted(path.glob("**/*.parquet"))
         splits = {match[0] for file in parquet if (match := SPLIT.match(file.name))}
@@ -126,6 +149,9 @@ class Folder(Source):
 
     def name(self, index: int) -> str:
         return self.files[index].encode(errors="backslashreplace").decode()
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.stat(os.path.join(self.root, file)).st_size for file in self.files], dtype=np.int64)
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -183,6 +209,15 @@ class ParquetSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.spec} row {index}"
+
+    def sizes(self) -> np.ndarray:
+        import pyarrow.compute as pc
+
+        self.read(0)
+        lengths = [chunk.field("bytes") for chunk in self._table.column(self.image).chunks]
+        return np.concatenate(
+            [pc.binary_length(chunk).fill_null(0).to_numpy(zero_copy_only=False) for chunk in lengths]
+        )
 
 
 def read_tables(files: list[str]) -> Any:
@@ -302,6 +337,9 @@ class Shards(Source):
         with fsspec.open(self.urls[shard], "rb", cache_type="none") as file:
             file.seek(offset)
             return bytes(file.read(size))
+
+    def sizes(self) -> np.ndarray:
+        return np.array([size for _, _, size, _ in self.entries], dtype=np.int64)
 
     def name(self, index: int) -> str:
         shard, *_, key = self.entries[index]

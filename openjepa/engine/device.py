@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,9 +15,10 @@ from openjepa.errors import UserError, first_line
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one. Raises UserError for a device that is not here."""
+    """`auto` takes a GPU if there is one, this process's own. Raises UserError for a device that is not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        here = torch.cuda.is_available()
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if here else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -12,6 +14,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launched() -> tuple[int, int]:
+    """Rank and world size as torchrun gives them, whether or not the processes ever talk to each other."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def mean(values: Tensor) -> Tensor:

@@ -73,6 +73,13 @@ class Images(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         return self.read(i)[0]
 
+    def choose(self, i: int) -> Callable[[int, int], Box]:
+        """From an image's width and height to the box that the view shows, the same for all."""
+        return self.view.box
+
+    def flips(self, i: int) -> bool:
+        return False
+
     def read(self, i: int) -> tuple[Tensor, int]:
         """An image, and the hash of its contents before decoding."""
         index = int(self.indices[i])
@@ -116,6 +123,10 @@ class Extractor(Protocol):
         """uint8 [B, C, H, W] to float32 [B, layers, D] on the CPU."""
         ...
 
+    def patches(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] to float32 [B, N, D], one vector a patch, on the device."""
+        ...
+
 
 class EncoderFeatures:
     """Pooled patch features of an encoder's last layers, each after the final norm (appendix A)."""
@@ -144,12 +155,19 @@ class EncoderFeatures:
             outputs = vit.intermediate(normalised, vit.last(self.layers))
         return torch.stack([o.float().mean(1) for o in outputs], dim=1).cpu()
 
+    def patches(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), self.autocast():
+            return self.encoder(images.to(self.encoder.vit.patch_embed.proj.weight.device)).float()
+
 
 class PixelFeatures:
-    """The control that any representation should beat: the view itself, its longer side averaged down to 64 pixels."""
+    """The control that any representation should beat: the view itself, its longer side averaged down to 64 pixels.
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    Its patches are those of the encoder beside it, as they are.
+    """
+
+    def __init__(self, view: View, patch: int = 1, device: torch.device | str = "cpu") -> None:
+        self.view, self.patch, self.device = view, patch, device
         shrink = max(1.0, max(view.size) / PIXELS)
         self.size = tuple(max(1, round(side / shrink)) for side in view.size)
         self.identity: dict[str, Any] = {"pixels": self.size, "view": asdict(view)}
@@ -157,6 +175,9 @@ class PixelFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         small = F.interpolate(images.float(), self.size, mode="area") if self.size != self.view.size else images.float()
         return small.flatten(1)[:, None] / 255
+
+    def patches(self, images: Tensor) -> Tensor:
+        return F.unfold(images.to(self.device).float() / 255, self.patch, stride=self.patch).transpose(1, 2)
 
 
 def weights_hash(vit: ViT) -> str:
@@ -197,6 +218,10 @@ class Features:
     def rows(self, index: np.ndarray | slice) -> Tensor:
         """Some of them. float32 [k, layers, D]."""
         return torch.from_numpy(np.array(self.values[index], dtype=np.float32))
+
+    def last(self) -> Tensor:
+        """The last layer's alone, of all images. float32 [n, D]."""
+        return torch.from_numpy(np.array(self.values[:, -1], dtype=np.float32))
 
 
 def stored(extractor: Extractor, source: Source, fingerprint: str, share: tuple[int, int] = (0, 1), workers: int = 0,

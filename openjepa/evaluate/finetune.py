@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from openjepa.data.sources import Source
 from openjepa.errors import UserError
 from openjepa.evaluate.features import BATCH, Images, View
-from openjepa.evaluate.views import Augmented, batches
+from openjepa.evaluate.views import Answered, Augmented
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViT
 from openjepa.rng import key, permutation
@@ -124,7 +124,10 @@ def layer_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str, An
 
 def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.ndarray, labels: Tensor, classes: int,
              view: View, autocast: Autocast, seed: int, workers: int = 0) -> Classifier:  # fmt: skip
-    """Fine-tune a copy of an encoder on some rows of a source. labels: int64 [len(rows)]. Returns it in evaluation mode."""
+    """Fine-tune a copy of an encoder on some rows of a source. labels: int64 [len(source)]. Returns it in evaluation mode.
+
+    Raises UserError when the loss is not finite.
+    """
     device = encoder.vit.patch_embed.proj.weight.device
     vit = ViT(replace(encoder.vit.config, drop_path=config.drop_path))
     vit.load_state_dict(encoder.vit.state_dict())
@@ -147,7 +150,8 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
     for epoch in range(config.epochs):
         order = permutation(seed, "fine-tuning order", epoch, len(rows))
         images = Distorted(source, rows[order], view, config, encoder, seed, epoch)
-        for batch, target in batches(images, labels[order], size, workers):
+        loader = DataLoader(Answered(images, labels), batch_size=size, num_workers=workers, drop_last=True)
+        for batch, target in loader:
             with seeded(key(seed, f"fine-tuning step {step}")):
                 batch, target = batch.to(device), target.to(device)
                 mixed = mixing and size % 2 == 0  # timm pairs images
@@ -166,10 +170,10 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
                 if average:
                     average.update(model, step=step)
             step += 1
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"fine-tuning diverged (loss {loss.item():g}): lower --finetune.lr, or set --finetune.clip_norm 1"
-        )
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"fine-tuning diverged in epoch {epoch + 1} (loss {loss.item():g}): lower its lr, or set its clip_norm to 1"
+            )
     found: Classifier = copy.deepcopy(average.module) if average else model
     return found.eval()
 
@@ -196,18 +200,15 @@ def classify(model: Classifier, encoder: Encoder, images: Images,
 class Distorted(Dataset[Tensor]):
     """Random resized crops, flipped, with RandAugment and erasing, normalised. Items: float32 [C, H, W]."""
 
-    def __init__(self, source: Source, rows: np.ndarray, view: View, config: FinetuneConfig, encoder: Encoder, seed: int,
+    def __init__(self, source: Source, indices: np.ndarray, view: View, config: FinetuneConfig, encoder: Encoder, seed: int,
                  epoch: int) -> None:  # fmt: skip
-        self.views = Augmented(source, rows, view, "squash" if view.squash else "crop", seed, epoch)
-        self.seed, self.epoch = seed, epoch
+        self.views = Augmented(source, indices, view, "squash" if view.squash else "crop", seed, epoch)
+        self.indices, self.seed, self.epoch = indices, seed, epoch
         mean, std = encoder.statistics()
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-        grey = tuple(round(255 * m) for m in mean)
-        self.randaug = (
-            rand_augment_transform(config.randaug, {"img_mean": grey})
-            if config.randaug and view.channels == 3
-            else None
-        )
+        self.randaug = None
+        if config.randaug and view.channels == 3:
+            self.randaug = rand_augment_transform(config.randaug, {"img_mean": tuple(round(255 * m) for m in mean)})
         self.erase = RandomErasing(config.erase, mode="pixel", device="cpu") if config.erase else None
 
     def __len__(self) -> int:
@@ -215,7 +216,7 @@ class Distorted(Dataset[Tensor]):
 
     def __getitem__(self, i: int) -> Tensor:
         image = self.views[i]
-        with seeded(key(self.seed, f"fine-tuning image {self.epoch} {int(self.views.rows[i])}")):
+        with seeded(key(self.seed, f"fine-tuning image {self.epoch} {int(self.indices[i])}")):
             if self.randaug:
                 picture = self.randaug(Image.fromarray(image.permute(1, 2, 0).numpy()))
                 image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +50,25 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, classes: int, ks:
     return {k: torch.cat(predictions) for k, predictions in parts.items()}
 
 
-def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest cosines of each query, and whose they are, over a bank too large to compare with at once.
+def nearest(bank: Tensor, queries: Tensor, k: int, metric: Literal["cosine", "l2"] = "cosine") -> tuple[Tensor, Tensor]:
+    """The k vectors nearest to each query, over a bank too large to compare with at once.
 
-    bank [n, D], queries [m, D]. Returns float32 and int64 [m, k], the nearest first.
+    bank [n, D], queries [m, D]. Returns similarities (cosines, or negative squared distances), float32 [m, k], and whose they
+    are, int64 [m, k], the nearest first.
     """
-    queries = F.normalize(queries.float(), dim=-1)
+
+    def prepared(x: Tensor) -> Tensor:
+        x = x.to(queries.device).float()
+        return F.normalize(x, dim=-1) if metric == "cosine" else x
+
+    ours = prepared(queries)
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(bank), BANK):
-        part = F.normalize(bank[start : start + BANK].to(queries.device).float(), dim=-1)
-        similarity, index = (queries @ part.T).topk(min(k, len(part)), dim=-1)
+        part = prepared(bank[start : start + BANK])
+        similarities = ours @ part.T
+        if metric == "l2":
+            similarities = 2 * similarities - part.square().sum(-1) - ours.square().sum(-1, keepdim=True)
+        similarity, index = similarities.topk(min(k, len(part)), dim=-1)
         index = index + start
         if best is not None:
             joined = torch.cat([best[0], similarity], dim=1)

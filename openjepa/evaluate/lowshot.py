@@ -55,7 +55,11 @@ class LowShotConfig:
             )
 
 
-RECIPES = {"1%": LowShotConfig(), "10%": LowShotConfig(share=0.1)}
+RECIPES = {
+    "1%": LowShotConfig(),
+    "10%": LowShotConfig(share=0.1),
+    "paper": LowShotConfig(methods=("linear", "finetune")),  # table 2: the better of both
+}
 
 
 def draws(config: LowShotConfig, source: Source, labels: Tensor, seed: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,73 +22,150 @@ from openjepa.engine.run import environment, write_whole
 from openjepa.errors import UserError, first_line, nearest
 from openjepa.evaluate import suite
 from openjepa.evaluate.features import View
-from openjepa.evaluate.suite import Asked, Bench
+from openjepa.evaluate.protocols import PROTOCOLS, Asked
+from openjepa.evaluate.subjects import Bench
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
 from openjepa.recipes.recipe import from_dict, nested
+from openjepa.recipes.suites import SUITES, Found, find
 
 FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What `openjepa evaluate` is asked."""
+    """What `openjepa evaluate` is asked: of one pair of sets, of sets by their names, or a suite."""
 
     source: str  # a run, a checkpoint, or anything that load takes
-    train: str
-    test: str
-    protocols: Sequence[str] = ("knn", "linear")
+    train: str | None = None
+    test: str | None = None
+    sets: Sequence[str] = ()
+    suite: str | None = None
+    root: Path | None = None  # where sets lie by their names
+    protocols: Sequence[str] | None = None  # none: a suite's own, or k-NN and linear
+    tasks: Sequence[str] | None = None
     network: str | None = None
     out: Path | None = None  # of evaluation.json: the run, unless told
     image_size: tuple[int, int] | None = None
-    share: float = 1.0
+    share: float | None = None  # none: the set's, or all
     squash: bool = False
+    precision: Precision | None = None  # none: the run's
     device: str = "auto"
     seed: int = 0
     fresh: bool = False
 
 
-def evaluate(question: Question, values: Mapping[str, str], console: Console) -> Path:
-    """Ask, print the table, add the answers to evaluation.json. values: --linear.epochs and the like. Returns the file.
+@dataclass(frozen=True)
+class Part:
+    """One pair of sets and what is asked about it."""
 
-    Raises UserError.
+    data: Found
+    protocols: Sequence[str]
+    tasks: Sequence[str] | None = None
+    table: str = ""
+
+
+def evaluate(question: Question, values: Mapping[str, str], console: Console) -> Path:
+    """Ask, print the tables, keep every answer in evaluation.json as it comes. values: --linear.epochs and the like.
+
+    Returns the file. Raises UserError; in a suite, what one of its parts raises is said, and the others go on.
     """
     start = time.perf_counter()
-    protocols = asked(question.protocols, values)
+    parts, skipped = planned(question)
+    protocols = {p.name: p for p in asked(list(dict.fromkeys(n for part in parts for n in part.protocols)), values)}
     encoder, control, about = subjects(question)
     folder = question.out or (about["run"] if about["run"] else None)
     if folder is None:
         raise UserError(f"{question.source} is not a run: say where the answers go, --out DIR")
     known = read(folder)
-    config = encoder.vit.config
-    size = question.image_size or config.image_size
-    if size != config.image_size:
+    size = question.image_size or encoder.vit.config.image_size
+    if size != encoder.vit.config.image_size:
         encoder, control = encoder.resized(size), control.resized(size)
-    precision = pick_precision(about["precision"], device := pick_device(question.device))
-    bench = Bench(
-        train=open_source(question.train, size),
-        test=open_source(question.test, size),
-        view=View(size, config.channels, question.share, question.squash),
+    encoders = {"pretrained": encoder, "random weights": control}
+    precision = pick_precision(question.precision or about["precision"], device := pick_device(question.device))
+    command = shlex.join(["openjepa", *sys.argv[1:]])
+    records: list[dict[str, Any]] = []
+    for part in parts:
+        try:
+            bench = laid(question, part, encoder, size, device, precision)
+            more = {"train": part.data.train, "test": part.data.test, "network": encoder.network, "step": about["step"],
+                    "table": part.table, "command": command}  # fmt: skip
+            asking = [protocols[name] for name in part.protocols]
+            for answers in suite.evaluate(encoders, bench, asking, known, console, part.tasks):
+                records += [{**more, **answer} for answer in answers]
+                write(folder, records, known, skipped)
+        except UserError as error:
+            if not question.suite:
+                raise
+            skipped[f"{part.data.name}: {', '.join(part.protocols)}"] = str(error)
+    seconds = time.perf_counter() - start
+    if parallel.launched()[0] > 0:
+        return folder / FILE
+    of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
+    for test in dict.fromkeys(r["test"] for r in records):
+        console.print(suite.table([r for r in records if r["test"] == test], f"{of}, {test}"))
+    for what, reason in skipped.items():
+        console.print(f"skipped {what}: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    if not records:
+        raise UserError("nothing could be asked")
+    write(folder, records, known, skipped)
+    console.print(f"written to {folder / FILE} after {seconds:.0f} s", highlight=False, soft_wrap=True)
+    return folder / FILE
+
+
+def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
+    """What is to be asked, and what of a suite cannot be, with the reason. Raises UserError."""
+    given = bool(question.train or question.test)
+    if given and not (question.train and question.test):
+        raise UserError("give both sets: --train SPEC and --test SPEC")
+    if question.suite and question.suite not in SUITES:
+        raise UserError(
+            f"unknown suite '{question.suite}': one of {', '.join(SUITES)}{nearest(question.suite, SUITES)}"
+        )
+    if question.suite and (question.sets or question.protocols):
+        raise UserError("a suite brings its own sets and protocols: give --suite alone, or --sets and --protocols")
+    if given and question.sets:
+        raise UserError("give --train and --test, or --sets by name")
+    if not given and not question.sets and not question.suite:
+        raise UserError("evaluate on what? --train SPEC --test SPEC, or --sets NAMES, or --suite NAME")
+    if question.root and not question.root.is_dir():
+        raise UserError(f"--root {question.root}: no such folder")
+    own = Found("the sets given", question.train or "", question.test or "", 1.0)
+    if not question.suite:
+        found = [own] if given else [find(name, question.root) for name in question.sets]
+        return [Part(data, question.protocols or ("knn", "linear"), question.tasks) for data in found], {}
+    parts, skipped = [], {}
+    for row in SUITES[question.suite]:
+        try:
+            data = own if given and row.data == "imagenet" else find(row.data, question.root)
+            parts.append(Part(data, row.protocols, row.tasks, row.table))
+        except UserError as error:
+            skipped[f"{row.data}: {', '.join(row.protocols)}"] = str(error)
+    return parts, skipped
+
+
+def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int], device: torch.device,
+         precision: Precision) -> Bench:  # fmt: skip
+    """The bench for one pair of sets."""
+    train, test = open_source(part.data.train, size), open_source(part.data.test, size)
+    squash = question.squash or train.whole
+    share = question.share if question.share is not None else part.data.share
+    config = encoder.vit.config
+    return Bench(
+        train=train,
+        test=test,
+        view=View(size, config.channels, 1.0 if squash else share, squash),
+        patch=config.patch_size,
         device=device,
         precision=precision,
         autocast=pick_autocast(precision, device),
         workers=min(8, os.cpu_count() or 1) if device.type == "cuda" else 0,
-        share=(parallel.rank(), parallel.world_size()),
+        share=parallel.launched(),
         seed=question.seed,
         fresh=question.fresh,
     )
-    records = suite.evaluate({"pretrained": encoder, "random weights": control}, bench, protocols, known, console)
-    command = " ".join(["openjepa", *sys.argv[1:]])
-    more = {"train": question.train, "test": question.test, "network": encoder.network, "step": about["step"]}
-    records = [{**more, "command": command, **r} for r in records]
-    seconds = time.perf_counter() - start
-    write(folder, records, known)
-    of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
-    console.print(suite.table(records, f"{of}, {question.test}"))
-    console.print(f"written to {folder / FILE} after {seconds:.0f} s", highlight=False, soft_wrap=True)
-    return folder / FILE
 
 
 def subjects(question: Question) -> tuple[Encoder, Encoder, dict[str, Any]]:
@@ -107,15 +185,15 @@ def subjects(question: Question) -> tuple[Encoder, Encoder, dict[str, Any]]:
 def asked(names: Sequence[str], values: Mapping[str, str]) -> list[Asked]:
     """Protocols by name, their values changed by dotted keys: {"linear.epochs": "5"}. Raises UserError."""
     for name in names:
-        if name not in suite.PROTOCOLS:
-            choices = ", ".join(suite.PROTOCOLS)
-            raise UserError(f"unknown protocol '{name}': one of {choices}{nearest(name, suite.PROTOCOLS)}")
+        if name not in PROTOCOLS:
+            choices = ", ".join(PROTOCOLS)
+            raise UserError(f"unknown protocol '{name}': one of {choices}{nearest(name, PROTOCOLS)}")
     kinds = {name: name.partition(":")[0] for name in names}
     trees = nested(values)
     for path in values:
         if path.partition(".")[0] not in kinds.values() or "." not in path:
             raise UserError(f"--{path} belongs to none of the protocols asked for: {', '.join(names)}")
-    protocols = [suite.PROTOCOLS[name] for name in dict.fromkeys(names)]
+    protocols = [PROTOCOLS[name] for name in dict.fromkeys(names)]
     return [
         replace(p, config=from_dict(type(p.config), trees.get(kinds[p.name], {}), kinds[p.name], base=p.config))
         for p in protocols
@@ -134,13 +212,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} cannot be read ({first_line(error)}): move it away") from error
 
 
-def write(folder: Path, records: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
+def write(folder: Path, records: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]],
+          skipped: Mapping[str, str]) -> None:  # fmt: skip
     """New answers take the place of old ones to the same question, and of the same data by older weights."""
-    place = ("train", "test", "network", "image_size", "task", "protocol", "of", "metric")
+    place = ("train", "test", "network", "view", "task", "protocol", "of", "metric")
     merged = {json.dumps([r[name] for name in place]): r for r in (*known, *records)}
+    about = {"environment": environment(), "skipped": skipped, "results": list(merged.values())}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": environment(), "results": list(merged.values())}, indent=1)
-        write_whole(folder / FILE, text + "\n")
+        write_whole(folder / FILE, json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
