@@ -62,6 +62,16 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"next: openjepa report {args.source}")
 
 
+def finetune(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.finetuning import Finetuning, finetune
+
+    names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed")
+    asked = Finetuning(**{name: getattr(args, name) for name in names}, share=args.crop, out=Path(args.out))
+    finetune(asked, pairs(rest), Console())
+
+
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.convert import formats
     from openjepa.convert.names import Told
@@ -151,6 +161,7 @@ COMMANDS = {
     "demo": demo,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "finetune": finetune,
     "import": import_,
     "export": export,
     "report": report,
@@ -197,17 +208,23 @@ def parser() -> argparse.ArgumentParser:
         "--protocols", metavar="NAMES", help="knn,linear unless told; lowshot:1%%,attentive,segment:knn,depth,quality …"
     )
     p.add_argument("--tasks", metavar="NAMES", help="all sets of labels unless told")
-    p.add_argument("--network", choices=("target_encoder", "encoder"), help="target_encoder unless told")
+    how(p)
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
-    p.add_argument(
-        "--crop", type=float, metavar="SHARE", help="0.875 is resize 256, crop 224; 1, or the named set's, unless told"
-    )
-    p.add_argument("--squash", action="store_true", help="the whole image without keeping its aspect, as for CLEVR")
-    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of the encoder and the probes: the run's")
     p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
     p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
+
+    p = commands.add_parser(
+        "finetune",
+        help="train the whole encoder on labels, and keep the classifier",
+        epilog="Any value of the recipe: --finetune.epochs 20, --finetune.lr 1e-4 (docs/evaluation.md lists them)",
+    )
+    p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
+    p.add_argument("--recipe", default="low_shot", metavar="NAME", help="low_shot (the default), full or mae")
+    p.add_argument("--train", metavar="SPEC", required=True)
+    p.add_argument("--test", metavar="SPEC", required=True)
+    p.add_argument("--task", metavar="NAME", help="which labels, where there are several sets")
+    p.add_argument("--out", metavar="DIR", required=True, help="of classifier.safetensors and evaluation.json")
+    how(p)
 
     p = commands.add_parser(
         "import",
@@ -237,6 +254,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top
+
+
+def how(p: argparse.ArgumentParser) -> None:
+    """Options of the commands that read labelled images with an encoder."""
+    p.add_argument("--network", choices=("target_encoder", "encoder"), help="target_encoder unless told")
+    p.add_argument(
+        "--crop", type=float, metavar="SHARE", help="0.875 is resize 256, crop 224; 1, or the named set's, unless told"
+    )
+    p.add_argument("--squash", action="store_true", help="the whole image without keeping its aspect, as for CLEVR")
+    p.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of encoder and probes: the run's unless told")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
+    p.add_argument("--seed", type=int, default=0)
 
 
 def chosen(args: argparse.Namespace) -> tuple[Any, bool]:

@@ -44,6 +44,8 @@ class Imported:
     header: dict[str, Any] = field(default_factory=dict)  # what else a released checkpoint says of itself
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    head: State = field(default_factory=dict)  # of a classifier
+    classes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

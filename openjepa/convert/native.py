@@ -1,4 +1,4 @@
-"""One safetensors file: an encoder's weights, with its configuration in the header."""
+"""One safetensors file: an encoder's weights, a classifier's head if it has one, its configuration in the header."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
 from openjepa.convert.names import Imported, State, check_whole
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViTConfig
+from openjepa.models.weights import check_fit
 
 KEY = "openjepa"  # of the header's entry
+NETWORKS = ("target_encoder", "encoder", "finetuned")
+HEAD = "head."  # what the names of a classifier's last layer begin with
 PREDICTOR = "openjepa predictor"  # the same of a file that holds a predictor, which nothing reads back
 
 
@@ -23,6 +27,9 @@ def write(file: Path, encoder: Encoder) -> None:
     mean, std = encoder.statistics()
     about = {"network": encoder.network, "model": asdict(encoder.vit.config), "mean": mean, "std": std}
     state = {k: v.contiguous() for k, v in encoder.vit.state_dict().items()}
+    if encoder.head is not None:
+        about["classes"] = encoder.classes
+        state |= {HEAD + k: v.contiguous() for k, v in encoder.head.state_dict().items()}
     save_file(state, file, {KEY: json.dumps(about), "format": "pt"})
 
 
@@ -38,10 +45,14 @@ def read(state: State, header: Mapping[str, str], where: str) -> Imported:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
         config = ViTConfig(**values)
         mean, std = tuple(map(float, about["mean"])), tuple(map(float, about["std"]))
-        network = {name: name for name in ("target_encoder", "encoder")}[about["network"]]
+        network = {name: name for name in NETWORKS}[about["network"]]
+        classes = list(map(str, about.get("classes", [])))
         if len(mean) != config.channels or len(std) != config.channels or min(std) <= 0:
             raise ValueError("mean and std need a number above 0 for each channel")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} has a header that this version does not understand ({error})") from error
+    head = {k.removeprefix(HEAD): state[k] for k in state if k.startswith(HEAD)}
+    check_fit(nn.Linear(config.dim, len(classes)).state_dict() if classes else {}, head, f"{where}'s head")
+    state = {k: v for k, v in state.items() if not k.startswith(HEAD)}
     check_whole(config, state, where)
-    return Imported(config, {network: state}, mean=mean, std=std)
+    return Imported(config, {network: state}, mean=mean, std=std, head=head, classes=classes)

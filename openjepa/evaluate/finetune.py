@@ -123,10 +123,11 @@ def layer_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str, An
 
 
 def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.ndarray, labels: Tensor, classes: int,
-             view: View, autocast: Autocast, seed: int, workers: int = 0) -> Classifier:  # fmt: skip
+             view: View, autocast: Autocast, seed: int, workers: int = 0,
+             say: Callable[[str], None] = lambda line: None) -> Classifier:  # fmt: skip
     """Fine-tune a copy of an encoder on some rows of a source. labels: int64 [len(source)]. Returns it in evaluation mode.
 
-    Raises UserError when the loss is not finite.
+    say: gets a line an epoch. Raises UserError when the loss is not finite.
     """
     device = encoder.vit.patch_embed.proj.weight.device
     vit = ViT(replace(encoder.vit.config, drop_path=config.drop_path))
@@ -174,6 +175,7 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
             raise UserError(
                 f"fine-tuning diverged in epoch {epoch + 1} (loss {loss.item():g}): lower its lr, or set its clip_norm to 1"
             )
+        say(f"epoch {epoch + 1}/{config.epochs}  loss {loss.item():.4g}")
     found: Classifier = copy.deepcopy(average.module) if average else model
     return found.eval()
 

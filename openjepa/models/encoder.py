@@ -30,17 +30,33 @@ class Normalise(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One of a run's networks with its normalisation. `network` says which one it is."""
+    """One of a run's networks with its normalisation. `network` says which one it is.
 
-    def __init__(self, vit: ViT, normalise: Normalise, network: str) -> None:
+    A fine-tuned one has a head: it tells `classes` apart.
+    """
+
+    def __init__(self, vit: ViT, normalise: Normalise, network: str, head: nn.Linear | None = None,
+                 classes: Sequence[str] = ()) -> None:  # fmt: skip
         super().__init__()
         self.vit, self.normalise, self.network = vit, normalise, network
+        self.head, self.classes = head, list(classes)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images: uint8 or float in [0, 1], [B, C, H, W], sides divisible by the patch. Returns [B, N, D]."""
         patches: Tensor = self.vit(self.normalise(images))
         return patches
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Scores of the classes, before any softmax, [B, classes]. images: as for a call.
+
+        Raises ValueError for an encoder that was not fine-tuned.
+        """
+        if self.head is None:
+            raise ValueError(f"this {self.network} has no head: openjepa finetune makes classifiers")
+        scores: Tensor = self.head(self(images).mean(1))
+        return scores
 
     @torch.no_grad()
     def features(self, images: Tensor, layers: int = 4, pool: Literal["mean", "none"] = "mean") -> Tensor:
@@ -72,7 +88,7 @@ class Encoder(nn.Module):
         vit = copy.deepcopy(self.vit)
         vit.config = replace(vit.config, image_size=size)
         vit.register_buffer("positions", self.vit.positions_for(size), persistent=False)
-        return Encoder(vit, self.normalise, self.network).eval()
+        return Encoder(vit, self.normalise, self.network, self.head, self.classes).eval()
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel that images are normalised with."""

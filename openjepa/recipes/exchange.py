@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from openjepa.convert import formats, native, released
 from openjepa.convert.names import Imported, Told
@@ -55,7 +55,12 @@ def load(
     network = network or ("target_encoder" if "target_encoder" in imported.weights else next(iter(imported.weights)))
     if network not in imported.weights:
         raise UserError(f"{source} holds no '{network}', only {', '.join(imported.weights)}")
-    return ready(ViT(imported.model), imported.weights[network], imported.mean, imported.std, network, str(source))
+    encoder = ready(ViT(imported.model), imported.weights[network], imported.mean, imported.std, network, str(source))
+    if imported.head:
+        encoder.head, encoder.classes = nn.Linear(imported.model.dim, len(imported.classes)), imported.classes
+        encoder.head.load_state_dict(imported.head)
+        encoder.requires_grad_(False)
+    return encoder
 
 
 def is_run(path: Path) -> bool:
