@@ -58,8 +58,9 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
         root=Path(args.root) if args.root else None,
         out=Path(args.out) if args.out else None,
     )
-    evaluate(question, pairs(rest), Console())
-    print(f"next: openjepa report {args.source}")
+    file = evaluate(question, pairs(rest), Console())
+    if (file.parent / "recipe.yaml").exists():
+        print(f"next: openjepa report {file.parent}")
 
 
 def finetune(args: argparse.Namespace, rest: list[str]) -> None:
@@ -75,9 +76,10 @@ def finetune(args: argparse.Namespace, rest: list[str]) -> None:
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.convert import formats
     from openjepa.convert.names import Told
-    from openjepa.recipes.exchange import import_weights
+    from openjepa.recipes.exchange import import_weights, refuse_full
     from openjepa.recipes.recipe import from_dict, of_processes, parse
 
+    refuse_full(Path(args.out))
     values = pairs(rest)
     said = {name: values.pop(f"model.{name}") for name in ("heads", "image_size") if f"model.{name}" in values}
     told = from_dict(Told, {name: parse(f"model.{name}", text) for name, text in said.items()}, "model")
@@ -291,8 +293,14 @@ def read(file: Path) -> tuple[Any, bool]:
 
     values = read_yaml(file)
     if theirs := released.is_released(values):
-        print(f"{file.name} is a released recipe; not used here: {', '.join(released.unused(values))}", file=sys.stderr)
-        values = released.translate(values)
+        translated = released.translate(values)
+        for what, keys in (("not used here", released.unused(values)), ("not in it, so ours", released.unsaid(values))):
+            if keys:
+                print(f"{file.name} is a released recipe; {what}: {', '.join(keys)}", file=sys.stderr)
+        try:
+            return from_dict(Recipe, translated), theirs
+        except UserError as error:
+            raise UserError(f"{file.name}: {released.in_their_words(str(error))}") from error
     return from_dict(Recipe, values), theirs
 
 
@@ -341,7 +349,7 @@ def main() -> None:
     try:
         COMMANDS[args.command](args, rest)
     except UserError as error:
-        print(f"openjepa: {error}", file=sys.stderr)
+        print(f"openjepa: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a file is called
         sys.exit(2)
     except KeyboardInterrupt:
         print("openjepa: interrupted", file=sys.stderr)

@@ -29,7 +29,9 @@ def clevr(root: Path, train: int = 20, val: int = 6) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("depth", "distance"), [(5.0, 0), (8.0, 0), (8.01, 1), (8.5, 1), (9.7, 4), (10.0, 4), (10.1, 5)])
+@pytest.mark.parametrize(
+    ("depth", "distance"), [(5.0, 0), (8.0, 0), (8.01, 1), (8.5, 1), (9.7, 4), (10.0, 4), (10.1, 5)]
+)
 def test_classes_are_vtabs_at_ties_too(depth, distance):
     assert count_and_distance([12.0, depth, 11.0]) == {"count": 0, "distance": distance}
     assert count_and_distance([depth] * 10)["count"] == 7

@@ -247,9 +247,10 @@ def test_the_test_set_does_not_choose():
     data, test = feeds("brightness")
     other = replace(test, source=Painted(20, seed=2))
     other = replace(other, answers=Maps(other.source, "brightness"))
-    assert dense.segment_knn(SegmentKnnConfig(), data, test, GRID, 2).sweep == dense.segment_knn(
-        SegmentKnnConfig(), data, other, GRID, 2
-    ).sweep
+    assert (
+        dense.segment_knn(SegmentKnnConfig(), data, test, GRID, 2).sweep
+        == dense.segment_knn(SegmentKnnConfig(), data, other, GRID, 2).sweep
+    )
 
 
 def test_nothing_to_learn_from_is_said():

@@ -71,6 +71,26 @@ def test_the_image_processor_does_our_preprocessing(trained, tmp_path):
             assert (found - expected).abs().mean() < 3 * grey_level
 
 
+def test_processors_take_grey_pictures(trained, tmp_path):
+    from transformers import AutoImageProcessor
+
+    for size in ((32, 32), None):
+        export(str(trained), "hf", tmp_path / str(size), image_size=size)
+        processor = AutoImageProcessor.from_pretrained(tmp_path / str(size))
+        for mode in ("L", "RGBA", "P"):
+            found = processor(Image.new(mode, (50, 60)), return_tensors="pt")["pixel_values"]
+            assert found.shape == (1, 3, *(size or (24, 40)))
+
+
+@pytest.mark.parametrize("form", ["hf", "timm"])
+def test_exports_remember_which_network_they_are(trained, tmp_path, form):
+    export(str(trained), form, tmp_path / "out", network="encoder")
+    found = load(tmp_path / "out")
+    assert found.network == "encoder"
+    assert same(found.vit.state_dict(), load(trained, "encoder").vit.state_dict())
+    assert found.statistics() == load(trained).statistics()  # to the last digit
+
+
 @pytest.mark.parametrize("size", SIZES_TRIED)
 def test_timm_computes_the_same(trained, tmp_path, size):
     import timm
@@ -198,6 +218,7 @@ def test_folders_that_hold_something_are_left_alone(trained, tmp_path, monkeypat
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     export(str(trained), "timm", Path("."))
+    assert sorted(f.name for f in Path(".").iterdir()) == ["config.json", "model.safetensors"]  # seen from inside, too
     assert (tmp_path / "here" / "config.json").exists()
     assert (tmp_path / "here" / "model.safetensors").stat().st_mode & 0o044  # others may read it
     assert load(tmp_path / "here").vit.config.dim == 24
@@ -226,6 +247,15 @@ def change_json(file: Path, **values: object) -> None:
         ("hf", lambda d: change_json(d / "config.json", model_type="vit"), "type 'vit', not 'ijepa'"),
         ("hf", lambda d: change_json(d / "config.json", image_size="a"), "not what it looks like"),
         ("hf", lambda d: change_json(d / "config.json", num_attention_heads=0), "heads"),
+        ("hf", lambda d: change_json(d / "config.json", num_hidden_layers=3), "says num_hidden_layers 3, and its weights have 2"),
+        ("hf", lambda d: change_json(d / "config.json", hidden_size=999), "says hidden_size 999"),
+        ("hf", lambda d: change_json(d / "preprocessor_config.json", do_rescale=False), "do_rescale False"),
+        ("hf", lambda d: change_json(d / "preprocessor_config.json", rescale_factor=1 / 127.5), "rescale_factor"),
+        ("hf", lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00002.safetensors"), "has 1 of the 2 files"),
+        ("timm", lambda d: change_json(d / "config.json", architecture="resnet50"), "is a resnet50"),
+        ("timm", lambda d: change_json(d / "config.json", model_args={"act_layer": "relu"}), "act_layer 'relu'"),
+        ("timm", lambda d: change_json(d / "config.json", model_args={"depth": 3, "num_heads": 2, "img_size": [24, 40]}),
+         "says depth 3, and its weights have 2"),
         ("hf", lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
         ("hf", lambda d: (d / "preprocessor_config.json").write_text("{"), "cannot be read as JSON"),
         ("hf", lambda d: change_json(d / "preprocessor_config.json", image_mean=[1]), "normalises by mean"),

@@ -10,6 +10,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from openjepa.convert import released
+from openjepa.convert.names import Told
 from openjepa.data.stream import Batch, DataConfig
 from openjepa.engine.device import pick_autocast
 from openjepa.engine.monitors import MonitorsConfig, Watch
@@ -43,15 +45,10 @@ def run(golden: Path) -> Golden:
     saved = torch.load(golden / "ijepa_tiny.pth.tar", weights_only=True)
     config = ViTConfig(size="Ti", image_size=(64, 64), patch_size=8, width=96, depth=3, heads=3)
     method = IJEPA(config, PredictorConfig(width=48, depth=2), LossConfig())
-    for name in ("encoder", "predictor", "target_encoder"):
-        weights = {own_name(k): v for k, v in saved[name].items()}
-        getattr(method, name).load_state_dict({k: v for k, v in weights.items() if "pos_embed" not in k})
+    for name, weights in released.read(saved, Told(heads=3), "golden").weights.items():
+        getattr(method, name).load_state_dict(weights)
     about = json.loads((golden / "ijepa_tiny.json").read_text())
     return Golden(about, load_file(golden / "ijepa_tiny.safetensors"), method)
-
-
-def own_name(released: str) -> str:
-    return released.removeprefix("module.").removeprefix("predictor_")
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
@@ -105,7 +102,7 @@ def test_loss_and_every_gradient(run):
         for name, theirs in expected.items():
             part, _, parameter = name.partition(".")
             if part == network:
-                errors[name] = error(gradients[own_name(parameter)], theirs)
+                errors[name] = error(gradients[released.own_name(network, parameter)], theirs)
     assert len(errors) == len(expected) == sum(p.requires_grad for p in run.method.parameters())
     holds(f"gradients, all {len(errors)}", list(errors.values()), 1e-5)
 
@@ -136,7 +133,8 @@ def test_ten_steps_of_our_engine(run, tmp_path):
     for name, theirs in final.items():
         network, _, parameter = name.partition(".")
         if "pos_embed" not in parameter:
-            errors[name] = error(getattr(run.method, network).state_dict()[own_name(parameter)], theirs)
+            own = released.own_name(network, parameter)
+            errors[name] = error(getattr(run.method, network).state_dict()[own], theirs)
     learned = sum(
         len(getattr(run.method, network).state_dict()) for network in ("encoder", "predictor", "target_encoder")
     )

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from openjepa.data.raycast import Object, Scene, annotate, local, normals, render, span
+from openjepa.data.raycast import Object, Scene, local, normals, render, span
 from openjepa.data.scenes import CLASSES, MARGIN, Scenes, compose, labels
 
 

@@ -107,12 +107,22 @@ def read_folder(path: Path, told: Told) -> Imported:
 
 def weights_of(folder: Path) -> State:
     """All weights of a Hugging Face or timm folder, in one file or several."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if files:
+    if files := whole_set(folder, "model", "safetensors"):
         return {name: tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
-    if files := sorted(folder.glob("pytorch_model*.bin")):
+    if files := whole_set(folder, "pytorch_model", "bin"):
         return {k: v for file in files for k, v in tensors(released.read_pickle(file), str(file)).items()}
     raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def whole_set(folder: Path, stem: str, ending: str) -> list[Path]:
+    """The one file, or all of several (model-00001-of-00003), or none. Raises UserError where some of several are missing."""
+    if (one := folder / f"{stem}.{ending}").exists():
+        return [one]
+    files = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
+    count = int(files[0].stem.rpartition("-")[2]) if files else 0
+    if len(files) != count:
+        raise UserError(f"{folder} has {len(files)} of the {count} files {stem}-*-of-{count:05}.{ending}: is it whole?")
+    return files
 
 
 def beside(file: Path) -> dict[str, Any]:

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openjepa.convert.names import Imported, State, Told, check_plain, encoder_alone, given_statistics, with_positions
+from openjepa.convert.names import (
+    NETWORK,
+    Imported,
+    State,
+    Told,
+    agrees,
+    check_plain,
+    encoder_alone,
+    given_statistics,
+    with_positions,
+    without_prefix,
+)
 from openjepa.errors import UserError, first_line, needs
 from openjepa.models.encoder import Encoder
 
@@ -30,6 +41,7 @@ BLOCK = {
 QKV = (("attention.q_proj", "attention.k_proj", "attention.v_proj"),
        ("attention.attention.query", "attention.attention.key", "attention.attention.value"))  # fmt: skip
 LAYERS = ("layers", "encoder.layer")
+SAID = {"hidden_size": "dim", "num_hidden_layers": "n_blocks", "patch_size": "patch_size", "num_channels": "channels"}
 
 
 def transformers() -> Any:
@@ -60,6 +72,7 @@ def write(folder: Path, encoder: Encoder) -> None:
             layer_norm_eps=1e-6,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            **{NETWORK: encoder.network},
         ),
         add_pooling_layer=False,
     )
@@ -76,12 +89,11 @@ def processor(encoder: Encoder) -> Any:
     """
     (height, width), mean, std = encoder.vit.config.image_size, *encoder.statistics()
     bilinear, library = 2, transformers()
-    common = {"image_mean": list(mean), "image_std": list(std), "resample": bilinear}
+    rgb = encoder.vit.config.channels == 3
+    common = {"image_mean": list(mean), "image_std": list(std), "resample": bilinear, "do_convert_rgb": rgb}
     if height == width:
         side = {"height": height, "width": width}
-        return library.CLIPImageProcessor(
-            size={"shortest_edge": height}, crop_size=side, do_convert_rgb=encoder.vit.config.channels == 3, **common
-        )
+        return library.CLIPImageProcessor(size={"shortest_edge": height}, crop_size=side, **common)
     return library.ViTImageProcessor(size={"height": height, "width": width}, **common)
 
 
@@ -103,20 +115,23 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, 
     Raises UserError for what computes something else than an I-JEPA's encoder, and for weights that are missing or extra.
     """
     computes = {"layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
-    for name, expected in computes.items():
-        if config.get(name, expected) != expected:
-            raise UserError(f"{where} has {name} {config[name]!r}: I-JEPA's encoders have {expected!r}")
+    prepares = {"do_rescale": True, "rescale_factor": 1 / 255}
+    for said, expectations in ((config, computes), (processor, prepares)):
+        for name, expected in expectations.items():
+            if said.get(name, expected) != expected:
+                raise UserError(f"{where} has {name} {said[name]!r}: {expected!r} is what is done here")
     size, heads = config["image_size"], config["num_attention_heads"]
     if told.heads not in (None, heads):
         raise UserError(f"{where} says that it has {heads} heads, not {told.heads}")
     known = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    own = to_ours({name.removeprefix("ijepa."): value for name, value in state.items()}, where)
+    own = to_ours(without_prefix(state, "ijepa.", where), where)
     vit, own = encoder_alone(own, Told(heads=heads, image_size=told.image_size or known), where)
+    agrees(config, vit, SAID, where)
     if processor.get("do_normalize", True):
         mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), vit.channels, where)
     else:
         mean, std = (0.0,) * vit.channels, (1.0,) * vit.channels
-    return Imported(vit, {"target_encoder": own}, mean=mean, std=std)
+    return Imported(vit, {config.get(NETWORK, "target_encoder"): own}, mean=mean, std=std)
 
 
 def to_theirs(state: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> State:

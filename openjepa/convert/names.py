@@ -23,6 +23,8 @@ from openjepa.models.weights import check_fit
 
 State = dict[str, Tensor]
 
+NETWORK = "openjepa_network"  # a key that other libraries do not look at: which network an exported encoder is
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -133,6 +135,26 @@ def check_positions(stored: Tensor, grid: tuple[int, int], where: str) -> None:
         )
 
 
+def without_prefix(state: Mapping[str, Tensor], prefix: str, where: str) -> State:
+    """Names without a prefix that some or all have. Raises UserError where two become one."""
+    found: State = {}
+    for name, value in state.items():
+        own = name.removeprefix(prefix)
+        if own in found:
+            raise UserError(f"{where} holds '{own}' twice, with '{prefix}' before it and without")
+        found[own] = value
+    return found
+
+
+def agrees(said: Mapping[str, Any], model: ViTConfig, names: Mapping[str, str], where: str) -> None:
+    """What a configuration says must be what the weights' shapes say. names: its keys, and ours. Raises UserError."""
+    for theirs, ours in names.items():
+        if (value := said.get(theirs)) is not None and value != getattr(model, ours):
+            raise UserError(
+                f"{where} says {theirs} {value!r}, and its weights have {getattr(model, ours)!r}: is it whole?"
+            )
+
+
 def first_missing(error: Exception) -> str:
     return f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else "its shapes are not a ViT's"
 
@@ -168,7 +190,7 @@ def given_statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tu
     grey = (0.5,) * channels
     mean = tuple(map(float, mean)) if mean is not None else IMAGENET_MEAN if channels == 3 else grey
     std = tuple(map(float, std)) if std is not None else IMAGENET_STD if channels == 3 else grey
-    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+    if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise UserError(
             f"{where} normalises by mean {mean} and deviation {std}: one number above 0 for each of {channels} channels"
         )

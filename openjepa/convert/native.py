@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from openjepa.convert.names import Imported, State, check_whole
+from openjepa.convert.names import Imported, State, check_whole, given_statistics
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViTConfig
@@ -44,15 +44,21 @@ def read(state: State, header: Mapping[str, str], where: str) -> Imported:
         about: dict[str, Any] = json.loads(header[KEY])
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
         config = ViTConfig(**values)
-        mean, std = tuple(map(float, about["mean"])), tuple(map(float, about["std"]))
         network = {name: name for name in NETWORKS}[about["network"]]
         classes = list(map(str, about.get("classes", [])))
-        if len(mean) != config.channels or len(std) != config.channels or min(std) <= 0:
-            raise ValueError("mean and std need a number above 0 for each channel")
+        mean, std = given_statistics(about["mean"], about["std"], config.channels, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} has a header that this version does not understand ({error})") from error
-    head = {k.removeprefix(HEAD): state[k] for k in state if k.startswith(HEAD)}
-    check_fit(nn.Linear(config.dim, len(classes)).state_dict() if classes else {}, head, f"{where}'s head")
+    head = {k: v for k, v in state.items() if k.startswith(HEAD)}
+    expected = nn.Linear(config.dim, len(classes)).state_dict(prefix=HEAD) if classes else {}
+    check_fit(expected, head, where)
     state = {k: v for k, v in state.items() if not k.startswith(HEAD)}
     check_whole(config, state, where)
-    return Imported(config, {network: state}, mean=mean, std=std, head=head, classes=classes)
+    return Imported(
+        config,
+        {network: state},
+        mean=mean,
+        std=std,
+        head={k.removeprefix(HEAD): v for k, v in head.items()},
+        classes=classes,
+    )

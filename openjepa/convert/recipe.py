@@ -66,6 +66,20 @@ SWITCHES = tuple(
 COUNTS = ("data.batch_size", "data.crop_size", "mask.patch_size")
 
 
+def unsaid(values: Mapping[str, Any]) -> list[str]:
+    """Keys that would change the result and are not there: our defaults, which are the release's, take their place."""
+    given = flatten(values)
+    return [name for name in (*PLAIN, *BY_HAND) if name not in given and PLAIN.get(name, "") is not None]
+
+
+def in_their_words(message: str) -> str:
+    """A refusal that names our key names the release's, too."""
+    for theirs, ours in PLAIN.items():
+        if ours and ours in message:
+            return message.replace(ours, f"{theirs} ({ours})", 1)
+    return message
+
+
 def unused(values: Mapping[str, Any]) -> list[str]:
     """The keys of a released recipe that say what the command line says here, or change nothing."""
     return [name for name in flatten(values) if name in PLAIN and PLAIN[name] is None]

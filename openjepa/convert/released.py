@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from openjepa.convert.names import (
     predictor_config,
     tensors,
     without_positions,
+    without_prefix,
 )
 from openjepa.errors import UserError, first_line
 from openjepa.models.layers import sincos_positions
@@ -36,23 +38,28 @@ from openjepa.models.weights import check_fit
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 POSITIONS = {"encoder": "pos_embed", "predictor": "predictor_pos_embed", "target_encoder": "pos_embed"}
+PREFIXES = {"encoder": "", "predictor": "predictor_", "target_encoder": ""}  # of most names
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HEADER = ("epoch", "loss", "batch_size", "world_size", "lr")
+KNOWN = (*NETWORKS, *HEADER, "opt", "scaler", "mean", "std")
 
 
 def read_pickle(file: Path) -> Any:
     """What a pickle holds, if it is tensors and plain values alone. Raises UserError; nothing in it is ever run."""
     try:
-        return torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )  # not read: mapped
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )  # mapped, not read
     except pickle.UnpicklingError as error:
         if wants := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{file} is refused: it asks for {wants[1]}, and what is more than weights could run code of its author"
             ) from error
         raise UserError(f"{file} is no checkpoint, or a damaged one: is it whole?") from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:  # what damaged bytes make a reader do is without bounds
+        if "TorchScript" in str(error):
+            raise UserError(f"{file} is refused: a TorchScript archive is a program, not weights") from error
         raise UserError(f"{file} cannot be read as a checkpoint ({first_line(error)}): is it whole?") from error
 
 
@@ -65,8 +72,10 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
     for network in NETWORKS:
         if not isinstance(saved.get(network), Mapping):
             raise UserError(f"{where} has no '{network}': a released checkpoint holds {', '.join(NETWORKS)}")
+    if extra := [str(name) for name in saved if name not in KNOWN]:
+        raise UserError(f"{where} also holds {', '.join(extra[:3])}, which a released checkpoint does not: take it out")
     raw = {
-        network: {k.removeprefix("module."): v for k, v in tensors(saved[network], f"{where}'s {network}").items()}
+        network: without_prefix(tensors(saved[network], f"{where}'s {network}"), "module.", f"{where}'s {network}")
         for network in NETWORKS
     }
     model = encoder_config(raw["target_encoder"], told, f"{where}'s target_encoder")
@@ -76,7 +85,7 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
         if positions not in state:
             raise UserError(f"{where}'s {network} has no '{positions}'")
         state = without_positions(state, positions, model.grid, f"{where}'s {network}")
-        own[network] = {own_name(network, k): v for k, v in state.items()}
+        own[network] = without_prefix(state, PREFIXES[network], f"{where}'s {network}")
     predictor = predictor_config(own["predictor"], f"{where}'s predictor")
     for network, expected in shapes(model, predictor).items():
         check_fit(expected, own[network], f"{where}'s {network}")
@@ -99,11 +108,11 @@ def shapes(model: ViTConfig, predictor: PredictorConfig) -> dict[str, State]:
 
 
 def own_name(network: str, released: str) -> str:
-    return released.removeprefix("predictor_") if network == "predictor" else released
+    return released.removeprefix(PREFIXES[network])
 
 
 def released_name(network: str, own: str) -> str:
-    return own if network != "predictor" or own == "mask_token" else f"predictor_{own}"
+    return own if own == "mask_token" else PREFIXES[network] + own
 
 
 def stored(network: str, weights: State, grid: tuple[int, int], width: int) -> State:

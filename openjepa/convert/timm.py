@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from openjepa.convert.names import Imported, State, Told, check_plain, encoder_alone, given_statistics, with_positions
+from openjepa.convert.names import (
+    NETWORK,
+    Imported,
+    State,
+    Told,
+    agrees,
+    check_plain,
+    encoder_alone,
+    given_statistics,
+    with_positions,
+)
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViTConfig
 
 NAMES = {("H", 14, 224): "vit_huge_patch14_gap_224", ("H", 16, 448): "vit_huge_patch16_gap_448",
          ("G", 16, 224): "vit_giant_patch16_gap_224"}  # fmt: skip
+SAID = {"embed_dim": "dim", "depth": "n_blocks", "patch_size": "patch_size", "in_chans": "channels"}
+ARGUMENTS = (*SAID, "img_size", "num_heads", "mlp_ratio", "dynamic_img_size")
 OTHERS = "vit_base_patch16_gap_224"  # every other size is this architecture with arguments
 
 
@@ -35,6 +48,7 @@ def write(folder: Path, encoder: Encoder) -> str:
         "num_features": config.dim,
         "global_pool": "avg",
         "model_args": arguments,
+        NETWORK: encoder.network,
         "pretrained_cfg": {
             "input_size": [config.channels, *config.image_size],
             "interpolation": "bilinear",
@@ -73,6 +87,11 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     """timm's state dict, with the config.json beside it if there is one. Raises UserError naming what is odd."""
     about = about or {}
     statistics, arguments = about.get("pretrained_cfg", {}), about.get("model_args", {})
+    architecture = str(about.get("architecture", OTHERS))
+    if not re.fullmatch(r"vit_\w+_gap_\d+(\.\w+)?", architecture):
+        raise UserError(f"{where} is a {architecture}: I-JEPA's encoders are vit_*_gap_*")
+    if odd := [name for name in arguments if name not in ARGUMENTS]:
+        raise UserError(f"{where} was built with {odd[0]} {arguments[odd[0]]!r}, which I-JEPA's encoders are not")
     size = arguments.get("img_size")
     told = Told(
         heads=told.heads if told.heads is not None else arguments.get("num_heads"),
@@ -81,5 +100,6 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     if any(name.startswith("fc_norm.") for name in state):
         raise UserError(f"{where} normalises after pooling ('fc_norm'): I-JEPA's encoders normalise each patch")
     config, state = encoder_alone(state, told, where)
+    agrees(arguments, config, SAID, where)
     mean, std = given_statistics(statistics.get("mean"), statistics.get("std"), config.channels, where)
-    return Imported(config, {"target_encoder": state}, mean=mean, std=std)
+    return Imported(config, {about.get(NETWORK, "target_encoder"): state}, mean=mean, std=std)

@@ -72,6 +72,7 @@ def locate(path: Path) -> tuple[Path, Checkpoint]:
 
     Raises UserError if there is none.
     """
+    path = path.absolute()
     for found in checkpoints(path.parent.parent) if path.parent.name == "checkpoints" else []:
         if found.path.name == path.name:
             return path.parent.parent, found
@@ -126,9 +127,10 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     """Load weights and optimiser state, strictly. Raises UserError naming what does not fit."""
     load_strict(method, checkpoint.weights(), str(checkpoint.path))
     saved = checkpoint.optimizer()
+    anew = checkpoint.state().get("anew", [])  # what an imported checkpoint did not hold
     for name, parameter in learning(method):
         entries = {k.rpartition("/")[2]: v for k, v in saved.items() if k.startswith(f"{name}/")}
-        if not entries and checkpoint.step == 0:  # imported weights that no step was taken on
+        if not entries and (checkpoint.step == 0 or name in anew):  # no step was taken on it yet
             continue
         if not entries:
             raise UserError(f"checkpoint {checkpoint.path} has no optimiser state for {name}")

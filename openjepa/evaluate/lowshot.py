@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +66,7 @@ RECIPES = {
 def draws(config: LowShotConfig, source: Source, labels: Tensor, seed: int) -> list[np.ndarray]:
     """The rows of each draw, sorted. Raises UserError for lists that name images the source does not have."""
     if config.lists:
-        number = {os.path.basename(source.name(i)): i for i in range(len(source))}
-        return [listed(Path(file), number) for file in config.lists]
+        return [listed(Path(file), numbered(source)) for file in config.lists]
     return [drawn(config, labels.numpy(), seed, draw) for draw in range(config.draws)]
 
 
@@ -80,9 +80,18 @@ def drawn(config: LowShotConfig, labels: np.ndarray, seed: int, draw: int) -> np
     return np.sort(np.concatenate(chosen))
 
 
+def numbered(source: Source) -> dict[str, int]:
+    """Every image's place by its name, and by its file's name alone where no other has the same."""
+    names = [source.name(i) for i in range(len(source))]
+    alone = Counter(map(os.path.basename, names))
+    short = {base: i for i, name in enumerate(names) if alone[base := os.path.basename(name)] == 1}
+    return short | {name: i for i, name in enumerate(names)}
+
+
 def listed(file: Path, number: dict[str, int]) -> np.ndarray:
+    """The rows that a file names, one a line, as SimCLR's 1percent.txt does."""
     try:
-        names = [os.path.basename(line.strip()) for line in file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"lowshot.lists {file}: {error.strerror}") from error
     if missing := [name for name in names if name not in number]:
@@ -99,6 +108,8 @@ def logistic(config: LowShotConfig, train: Features, labels: Tensor, rows: np.nd
     Returns int64 [m] and the choice, whose validation accuracy is None where a class has one label alone.
     """
     known, y = train.rows(rows), labels[rows].numpy()
+    if len(np.unique(y)) < 2:
+        raise UserError("lowshot: the few labels are of one class: raise share or per_class, or name others in lists")
     folds = min(config.folds, int(np.unique(y, return_counts=True)[1].min()))
     names = [name for name in config.features if name == "last" or train.values.shape[1] > 1]
     settings = list(itertools.product(names, config.cs))

@@ -18,15 +18,23 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        self.statistics = tuple(mean), tuple(std)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        elif not images.is_floating_point():
+        """Raises ValueError for what is no batch of images with the channels that the network knows."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images are a {type(images).__name__}: give a tensor [B, {len(mean)}, H, W]")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images of type {images.dtype}: give uint8 from 0 to 255, or floating point from 0 to 1")
-        return (images - self.get_buffer("mean")) / self.get_buffer("std")
+        if images.ndim != 4 or images.shape[1] != len(mean):
+            raise ValueError(
+                f"images of shape {list(images.shape)}: give [batch, channels, height, width], {len(mean)} channels"
+            )
+        scale = 255 if images.dtype == torch.uint8 else 1
+        return (images.to(mean.dtype) / scale - mean) / std
 
 
 class Encoder(nn.Module):
@@ -76,6 +84,8 @@ class Encoder(nn.Module):
 
         layers: block numbers from 0, or from -1 at the end. Returns for each [B, D, H / patch, W / patch].
         """
+        if isinstance(layers, int):
+            raise ValueError(f"layers {layers}: give a list, such as [{layers}]")
         grid = [side // self.vit.config.patch_size for side in images.shape[-2:]]
         outputs = self.vit.intermediate(self.normalise(images), layers)
         return [o.transpose(1, 2).unflatten(2, grid) for o in outputs]
@@ -83,7 +93,8 @@ class Encoder(nn.Module):
     def resized(self, size: tuple[int, int]) -> Encoder:
         """The same encoder whose own image size, in pixels, is another: its positions interpolated once and for all.
 
-        Raises UserError where the patch does not divide the size.
+        A second time interpolates the interpolated ones: begin from the encoder as it was loaded. Raises UserError where the
+        patch does not divide the size.
         """
         vit = copy.deepcopy(self.vit)
         vit.config = replace(vit.config, image_size=size)
@@ -92,5 +103,4 @@ class Encoder(nn.Module):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation of each channel that images are normalised with."""
-        mean, std = (self.normalise.get_buffer(name).flatten() for name in ("mean", "std"))
-        return tuple(mean.tolist()), tuple(std.tolist())
+        return self.normalise.statistics

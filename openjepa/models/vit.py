@@ -178,7 +178,7 @@ class ViT(nn.Module):
         """Positions for images of this size in pixels, interpolated where it is not the training size. [N, D]."""
         p = self.config.patch_size
         height, width = size
-        if height % p or width % p:
+        if height % p or width % p or not height or not width:
             raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {p}")
         positions = self.get_buffer("positions")
         return interpolate_positions(positions, self.config.grid, (height // p, width // p))

@@ -35,7 +35,7 @@ def load(
     source: str | Path,
     network: str | None = None,
     heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Encoder:
     """An encoder on the CPU, ready for inference.
 
@@ -46,7 +46,11 @@ def load(
     """
     if network not in (None, "target_encoder", "encoder"):
         raise UserError(f"network '{network}': one of target_encoder, encoder")
+    if isinstance(image_size, int):
+        image_size = (image_size, image_size)
     if is_run(Path(source)):
+        if heads or image_size:
+            raise UserError(f"{source} is a run and knows its heads and image size: leave them out")
         folder, found = checkpoint.locate(Path(source))
         recipe, network = saved_recipe(folder), network or "target_encoder"
         weights = network_weights(found, network)
@@ -65,6 +69,7 @@ def load(
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run or one of its checkpoints."""
+    path = path.absolute()  # also when it is named from inside
     inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name) is not None
     return (path / "recipe.yaml").exists() or inside
 
@@ -98,9 +103,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
         yield part
         readable(part)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        if out.exists():  # and is empty; somebody may stand in it
+            for file in part.iterdir():
+                file.rename(out / file.name)
+        else:
+            part.rename(out)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"cannot write to {out}: {reason}") from error
@@ -138,7 +145,8 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     predictor = imported.predictor or recipe.predictor
     if imported.predictor and recipe.predictor.heads == imported.model.n_heads:
         predictor = replace(predictor, heads=recipe.predictor.heads)  # said, not left to the encoder
-    if changed := differences(replace(recipe, model=imported.model, predictor=predictor), recipe):
+    free = {name: getattr(recipe.model, name) for name in ("size", "drop_path", "depth_scaled_init")}  # have no weights
+    if changed := differences(replace(recipe, model=replace(imported.model, **free), predictor=predictor), recipe):
         raise UserError(f"{source} is not of this recipe (its own -> the recipe's: {'; '.join(changed)})")
     method = build(recipe)
     notes = []
@@ -151,6 +159,9 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
             getattr(method, network).load_state_dict(imported.weights[only])
         notes.append(f"it holds an encoder alone ({only}): both encoders start from it, the predictor at random")
     optimizer = build_optimizer(method, recipe.optim)
+    anew = [name for name, _ in checkpoint.learning(method) if name.partition(".")[0] not in NETWORKS]
+    if anew and imported.step:
+        notes.append(f"it holds no {anew[0].partition('.')[0]}, which the recipe's loss needs: it starts at random")
     if imported.optimizer:
         for name, parameter in checkpoint.learning(method):
             entries = {k.rpartition("/")[2]: v for k, v in imported.optimizer.items() if k.startswith(f"{name}/")}
@@ -164,7 +175,13 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     if (recipe.data.mean, recipe.data.std) != (imported.mean, imported.std):
         notes.append(f"images will be normalised by the recipe's {recipe.data.mean}, not the file's {imported.mean}")
     with new_folder(out) as folder:
-        state = {"bad_images": {}, "environment": environment(), "imported": source, "header": imported.header}
+        state = {
+            "bad_images": {},
+            "environment": environment(),
+            "imported": source,
+            "header": imported.header,
+            "anew": anew,
+        }
         checkpoint.save(folder, imported.step, method, optimizer, state, keep=1)
         write_whole(folder / "recipe.yaml", to_yaml(recipe))
     return notes
@@ -242,7 +259,8 @@ def write_released(source: Path, file: Path) -> str:
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
     }
-    about |= position(run, found, recipe) | found.state().get("header", {})
+    about |= position(run, found, recipe)
+    about |= found.state().get("header", {})  # of an imported checkpoint, until training writes its own
     weights = {network: network_weights(found, network) for network in NETWORKS}
     released.write(file, recipe.model, recipe.predictor, weights, found.optimizer(), about)
     return f"torch.load({str(file)!r}, weights_only=True)['target_encoder']"

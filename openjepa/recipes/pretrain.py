@@ -21,7 +21,7 @@ from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run, write_whole
 from openjepa.engine.train import train
-from openjepa.errors import UserError
+from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
@@ -45,6 +45,11 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
     method = build(recipe).to(device)
     optimizer = build_optimizer(method, recipe.optim)
+    if (begun := checkpoint.checkpoints(out)) and begun[-1].step > schedule.steps:
+        raise UserError(
+            f"{out} is at step {begun[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
+            "raise schedule.epochs"
+        )
     prepare(out, recipe, data, source)
     run = Run(out, recipe.machine.keep, console)
     if run.resumed:
@@ -139,7 +144,7 @@ def saved_recipe(run: Path) -> Recipe:
         return from_dict(Recipe, yaml.safe_load((run / "recipe.yaml").read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run} is not a run: it has no recipe.yaml") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{run / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -147,8 +152,13 @@ def saved_data(run: Path) -> dict[str, Any]:
     """What a run was trained on. Raises UserError for an imported run that has not trained here."""
     if not (run / "data.json").exists():
         raise UserError(f"{run} has seen no images yet: openjepa pretrain --out {run} --data SPEC")
-    loaded: dict[str, Any] = json.loads((run / "data.json").read_text())
-    return loaded
+    try:
+        found = json.loads((run / "data.json").read_text())
+        return {name: found[name] for name in ("data", "images", "fingerprint")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run / 'data.json'} is damaged ({first_line(error)}): give the images again, --data SPEC"
+        ) from error
 
 
 def random_encoder(recipe: Recipe) -> Encoder:

@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
@@ -205,5 +205,5 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
             return {path: value}
         return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
 
-    a, b = flat(to_dict(old)), flat(to_dict(new))
+    a, b = flat(asdict(old)), flat(asdict(new))
     return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(CHANGES_NO_RESULT)]
