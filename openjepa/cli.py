@@ -76,7 +76,8 @@ def finetune(args: argparse.Namespace, rest: list[str]) -> None:
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.convert import formats
     from openjepa.convert.names import Told
-    from openjepa.recipes.exchange import import_weights, refuse_full
+    from openjepa.engine.whole import refuse_full
+    from openjepa.recipes.exchange import import_weights
     from openjepa.recipes.recipe import from_dict, of_processes, parse
 
     refuse_full(Path(args.out))
@@ -252,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
 
-    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context")
+    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe")
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top

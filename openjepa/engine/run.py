@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from openjepa.data.stream import Bad
 from openjepa.engine import checkpoint
 from openjepa.engine.checkpoint import Checkpoint
+from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -157,13 +158,6 @@ class Run:
         state = {"bad_images": self.bad, "environment": environment()}
         checkpoint.save(self.path, step, method, optimizer, state, self.keep)
         self.step = step
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.rename(file)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

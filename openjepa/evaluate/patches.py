@@ -104,9 +104,10 @@ def train(make: Callable[[int], nn.Module], config: SweepConfig, feed: PatchFeed
 
     make: from the width of patches to a head. loss: from its output, the answers and the step.
     """
+    width = feed.width  # asked for first: a loader draws a number, too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(feed.seed, config.name) >> 1)
-        first = make(feed.width)
+        first = make(width)
     heads = [copy.deepcopy(first).to(feed.device) for _ in config.settings]
     size = min(config.batch_size, len(rows))
     scale = size / 256 if config.per_256 else 1

@@ -18,7 +18,8 @@ from rich.console import Console
 from openjepa.data.sources import open_source
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
-from openjepa.engine.run import environment, write_whole
+from openjepa.engine.run import environment
+from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError, first_line, nearest
 from openjepa.evaluate import suite
 from openjepa.evaluate.features import View

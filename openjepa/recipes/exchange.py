@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from openjepa.convert import formats, native, released
@@ -20,8 +15,9 @@ from openjepa.convert.names import Imported, Told
 from openjepa.engine import checkpoint
 from openjepa.engine.checkpoint import Checkpoint
 from openjepa.engine.optim import Schedule, build_optimizer
-from openjepa.engine.run import environment, read_metrics, write_whole
-from openjepa.errors import UserError, first_line, nearest
+from openjepa.engine.run import environment, read_metrics
+from openjepa.engine.whole import new_folder, refuse_full, write_whole
+from openjepa.errors import UserError, nearest
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
@@ -83,50 +79,6 @@ def ready(vit: ViT, weights: dict[str, Tensor], mean: tuple[float, ...], std: tu
 def network_weights(found: Checkpoint, network: str) -> dict[str, Tensor]:
     """One network of a checkpoint, under its own names."""
     return {k.removeprefix(f"{network}."): v for k, v in found.weights().items() if k.startswith(f"{network}.")}
-
-
-def refuse_full(out: Path) -> None:
-    """Raises UserError if something is there already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears as `out` when all went well, and not at all otherwise. Raises UserError."""
-    out = out.absolute().resolve()
-    refuse_full(out)
-    made = next((p for p in reversed([out, *out.parents]) if not p.exists()), None)  # the topmost that is new
-    part = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-        yield part
-        readable(part)
-        if out.exists():  # and is empty; somebody may stand in it
-            for file in part.iterdir():
-                file.rename(out / file.name)
-        else:
-            part.rename(out)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"cannot write to {out}: {reason}") from error
-    finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-        if made and not out.exists():
-            for folder in (out.parent, *out.parent.parents):
-                if folder == made.parent or not folder.is_dir() or any(folder.iterdir()):
-                    break
-                folder.rmdir()
-
-
-def readable(folder: Path) -> None:
-    """The usual permissions: temporary folders, and files that safetensors writes, are closed to others."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 # ---------------------------------------------------------------- import

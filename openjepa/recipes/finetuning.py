@@ -14,6 +14,7 @@ from rich.console import Console
 
 from openjepa.convert import native
 from openjepa.engine.device import Precision, pick_device, pick_precision
+from openjepa.engine.whole import new_folder, refuse_full
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate import finetune as method
 from openjepa.evaluate import suite
@@ -23,7 +24,6 @@ from openjepa.evaluate.subjects import tasks
 from openjepa.models.encoder import Encoder
 from openjepa.recipes import evaluation
 from openjepa.recipes.evaluation import Part, Question
-from openjepa.recipes.exchange import new_folder, refuse_full
 from openjepa.recipes.recipe import from_dict, nested
 from openjepa.recipes.suites import Found
 

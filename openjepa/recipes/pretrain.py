@@ -19,8 +19,9 @@ from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device, pick_precision
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
-from openjepa.engine.run import Run, write_whole
+from openjepa.engine.run import Run
 from openjepa.engine.train import train
+from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict

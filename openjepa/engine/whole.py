@@ -1,0 +1,65 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from openjepa.errors import UserError, first_line
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    part.rename(file)
+
+
+def refuse_full(out: Path) -> None:
+    """Raises UserError if something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: choose another --out")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears as `out` when all went well, and not at all otherwise. Raises UserError."""
+    out = out.absolute().resolve()
+    refuse_full(out)
+    made = next((p for p in reversed([out, *out.parents]) if not p.exists()), None)  # the topmost that is new
+    part = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        yield part
+        readable(part)
+        if out.exists():  # and is empty; somebody may stand in it
+            for file in part.iterdir():
+                file.rename(out / file.name)
+        else:
+            part.rename(out)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot write to {out}: {reason}") from error
+    finally:
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
+        if made and not out.exists():
+            for folder in (out.parent, *out.parent.parents):
+                if folder == made.parent or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+
+def readable(folder: Path) -> None:
+    """The usual permissions: temporary folders, and files that safetensors writes, are closed to others."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -1,0 +1,258 @@
+"""Claims about data sets by name and suites of them: where they are looked for, what is skipped and why, what is kept."""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from openjepa import cli
+from openjepa.data.sources import open_source
+from openjepa.errors import UserError
+from openjepa.evaluate import features, protocols
+from openjepa.evaluate.protocols import PROTOCOLS
+from openjepa.recipes import evaluation, suites
+from openjepa.recipes.evaluation import Question
+from openjepa.recipes.suites import SETS, SUITES, find
+
+QUICK = {
+    "linear.epochs": "1",
+    "linear.batch_size": "8",
+    "lowshot.per_class": "4",
+    "lowshot.draws": "2",
+    "lowshot.finetune.epochs": "1",
+    "lowshot.finetune.batch_size": "4",
+    "finetune.epochs": "1",
+    "finetune.batch_size": "8",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def root(folder, tmp_path) -> Path:
+    """Two of the paper's sets, tiny."""
+    for name, test in (("ILSVRC2012", "val"), ("cifar100", "test")):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        for part in ("train", test):
+            os.symlink(folder, tmp_path / "sets" / name / part)
+    return tmp_path / "sets"
+
+
+def asked(run: Path, values: dict[str, str], **more: object) -> dict:
+    file = evaluation.evaluate(Question(source=str(run), **more), values, Console())
+    return json.loads(file.read_text())
+
+
+# ---------------------------------------------------------------- by name
+
+
+def test_a_set_is_taken_from_the_root_whatever_holds_it(tmp_path):
+    for files, train, test in (
+        (("train/a/1.png", "val/a/1.png"), "train", "val"),
+        (("train.parquet", "test.parquet"), "train.parquet", "test.parquet"),
+        (("train-0.tar", "train-1.tar", "validation.tar"), "train-*.tar", "validation.tar"),
+    ):
+        root = tmp_path / test
+        for file in files:
+            (root / "food101" / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / "food101" / file).touch()
+        found = find("food101", root)
+        assert (found.train, found.test) == (str(root / "food101" / train), str(root / "food101" / test))
+        assert found.share == 0.875
+
+
+def test_a_set_that_the_root_lacks_is_torchvisions_or_said_to_be_nowhere(tmp_path):
+    assert find("cifar100", tmp_path).train == "torchvision:CIFAR100:train"
+    with pytest.raises(UserError, match="DIR/places205/train"):
+        find("places205", None)
+    with pytest.raises(UserError, match="did you mean 'food101'"):
+        find("food10", tmp_path)
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no part val or validation or valid or test"):
+        find("mine", tmp_path)
+    (tmp_path / "mine" / "test").mkdir()
+    assert find("mine", tmp_path).share == 1.0  # nobody's protocol
+
+
+def test_clevr_is_scenes_until_it_is_there(tmp_path):
+    assert find("clevr", tmp_path).train.startswith("scenes:")
+    (tmp_path / "CLEVR_v1.0").mkdir()
+    assert find("clevr", tmp_path).test == f"clevr:{tmp_path / 'CLEVR_v1.0'}:val"
+
+
+def test_torchvisions_names_are_torchvisions():
+    from torchvision import datasets
+
+    for entry in SETS.values():
+        for spec in (entry.train, entry.test):
+            kind, _, rest = spec.partition(":")
+            if kind == "torchvision":
+                assert hasattr(datasets, rest.partition(":")[0])
+        assert entry.protocol in PROTOCOLS
+
+
+# ---------------------------------------------------------------- suites
+
+
+def test_the_paper_has_its_tables():
+    rows = SUITES["paper"]
+    assert {row.table for row in rows} == {"table 1", "table 2", "tables 3 and 5", "tables 4 and 5", "table 15"}
+    assert {row.data for row in rows} == {"imagenet", "cifar100", "places205", "inat18", "clevr"}
+    assert all(name in PROTOCOLS for suite in SUITES.values() for row in suite for name in row.protocols)
+
+
+def test_the_paper_is_asked_as_far_as_the_data_goes_and_the_rest_is_named(run, root, monkeypatch, capsys):
+    monkeypatch.setattr(suites, "SCENES", ("scenes:40", "scenes:40-60"))
+    found = asked(run, QUICK, suite="paper", root=root, image_size=(16, 16))
+    results = found["results"]
+    assert Counter((r["table"], r["task"], r["protocol"]) for r in results) == {
+        ("table 1", "label", "linear:imagenet"): 3,
+        ("table 2", "label", "lowshot:paper"): 3,
+        ("tables 3 and 5", "label", "linear:transfer"): 3,
+        ("tables 4 and 5", "count", "linear:clevr_count"): 3,
+        ("tables 4 and 5", "distance", "linear:clevr_dist"): 3,
+        ("table 15", "label", "finetune:full"): 2,
+    }
+    assert set(found["skipped"]) == {"places205: linear:places205", "inat18: linear:inat18"}
+    assert "skipped places205" in capsys.readouterr().out
+    low = next(r for r in results if r["protocol"] == "lowshot:paper" and r["of"] == "pretrained")
+    assert set(low["details"]["methods"]) == {"linear", "finetune"}
+    assert low["value"] == max(m["accuracy"] for m in low["details"]["methods"].values())
+    assert all(r["view"]["share"] == 0.875 for r in results if r["task"] == "label")  # resize 256, crop 224
+    asked(run, QUICK, suite="paper", root=root, image_size=(16, 16))
+    assert capsys.readouterr().out.count("answers were there already") == 6
+
+
+def test_what_fails_in_a_suite_is_said_and_the_others_go_on(run, root, folder, monkeypatch):
+    monkeypatch.setitem(
+        suites.SUITES, "two", [suites.Row("", "broken", ("knn",)), suites.Row("", "cifar100", ("knn",))]
+    )
+    (root / "broken" / "train" / "a").mkdir(parents=True)
+    os.symlink(folder, root / "broken" / "test")
+    found = asked(run, {}, suite="two", root=root)
+    assert len(found["results"]) == 3
+    assert "no images" in found["skipped"]["broken: knn"]
+
+
+def test_sets_by_name_are_kept_apart(run, root):
+    found = asked(run, {}, sets=["cifar100", "imagenet"], root=root, protocols=["knn"])
+    assert [r["test"] for r in found["results"]] == [str(root / "cifar100/test")] * 3 + [
+        str(root / "ILSVRC2012/val")
+    ] * 3
+
+
+def test_answers_that_came_before_a_failure_are_kept(run, root, folder, monkeypatch):
+    def fails(*_: object) -> list:
+        raise UserError("it cannot be")
+
+    monkeypatch.setitem(protocols.PROTOCOLS, "linear", replace(PROTOCOLS["linear"], run=fails))
+    with pytest.raises(UserError, match="it cannot be"):
+        asked(run, {}, train=str(folder), test=str(folder))
+    kept = json.loads((run / "evaluation.json").read_text())["results"]
+    assert [(r["of"], r["protocol"]) for r in kept] == [("pretrained", "knn")]
+
+
+# ---------------------------------------------------------------- tasks, ranks, protocols without a test file of their own
+
+
+def test_tasks_can_be_chosen(run):
+    about = {"train": "scenes:40", "test": "scenes:40-60", "protocols": ["knn"]}
+    assert {r["task"] for r in asked(run, {}, **about, tasks=["count"])["results"]} == {"count"}
+    with pytest.raises(UserError, match="did you mean 'count'"):
+        asked(run, {}, **about, tasks=["counts"])
+
+
+def test_ranks_beyond_the_first_make_their_share_of_features_and_no_answers(run, folder, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    made = []
+    whole = features.fill
+    monkeypatch.setattr(features, "fill", lambda store, block, *rest: (made.append(block), whole(store, block, *rest)))
+    file = evaluation.evaluate(Question(source=str(run), train=str(folder), test=str(folder)), {}, Console())
+    assert not file.exists()
+    assert made == [2, 3, 4, 0, 1] * 3  # its own share first; both encoders and the pixels, one set of images
+    monkeypatch.setenv("RANK", "0")
+    made.clear()
+    evaluation.evaluate(
+        Question(source=str(run), train=str(folder), test=str(folder), protocols=["knn"]), {}, Console()
+    )
+    assert file.exists()
+    assert made == []
+
+
+def test_an_image_that_changed_is_another_question(run, tmp_path, folder):
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    first = asked(run, {}, train=str(data), test=str(data), protocols=["knn"])["results"]
+    file = next((data / "red").iterdir())
+    shutil.copy(file, tmp_path / "kept")
+    with file.open("ab") as handle:
+        handle.write(b"more")
+    second = asked(run, {}, train=str(data), test=str(data), protocols=["knn"])["results"]
+    assert {r["question"] for r in first}.isdisjoint(r["question"] for r in second)
+
+
+def test_attentive_probe_learns_and_its_equal_weights_begin_as_the_mean(run, folder, tiny):
+    from openjepa.evaluate.attentive import AttentivePool
+
+    values = {"attentive.lrs": "0.01", "attentive.decays": "0.001", "attentive.epochs": "3", "attentive.min_steps": "60",
+              "attentive.batch_size": "8"}  # fmt: skip
+    found = asked(run, values, train=str(folder), test=str(folder), protocols=["attentive"])["results"]
+    score = {r["of"]: r for r in found}
+    assert score["pretrained"]["value"] > 0.9  # blue and red
+    assert score["pretrained"]["details"]["chosen_head"]["lr"] == 0.01
+    head = AttentivePool(24, 3)
+    same = torch.randn(2, 1, 24).expand(-1, 5, -1)
+    assert torch.allclose(head(same), head(same[:, :1]), atol=1e-6)  # weights sum to one
+
+
+def test_quality_needs_no_labels(run, folder):
+    flat = run.parent / "flat"
+    flat.mkdir()
+    for file in folder.rglob("*.png"):
+        shutil.copy(file, flat / f"{file.parent.name}{file.name}")
+    assert not open_source(str(flat)).labels
+    found = asked(run, {"quality.lidar_images": "20", "quality.lidar_views": "3"}, train=str(flat), test=str(flat),
+                  protocols=["quality"])["results"]  # fmt: skip
+    assert {(r["metric"], r["of"]) for r in found} == {
+        (metric, of) for metric in ("RankMe", "alpha-ReQ", "LiDAR") for of in ("pretrained", "random weights")
+    }
+    assert all(1 <= r["value"] <= 24 for r in found if r["metric"] == "RankMe")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "evaluate on what?"),
+        (["--train", "scenes:8"], "give both sets"),
+        (["--train", "scenes:8", "--test", "scenes:8", "--sets", "cifar10"], "or --sets by name"),
+        (["--suite", "papers"], "did you mean 'paper'"),
+        (["--suite", "paper", "--protocols", "knn"], "brings its own"),
+        (["--sets", "cifar", "--root", "."], "no data set 'cifar' in ."),
+        (["--sets", "cifar10", "--root", "nowhere"], "no such folder"),
+    ],
+)
+def test_mistakes_get_one_line(run, monkeypatch, capsys, words, says):
+    monkeypatch.setattr(sys, "argv", ["openjepa", "evaluate", str(run), *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
