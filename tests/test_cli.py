@@ -124,7 +124,7 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path, tiny, folder):
     assert status == 0
     assert "raw pixels" in text
     status, text, _ = run(monkeypatch, capsys, "report", str(out))
-    assert (out / "report.html").read_text().count("data:image/png;base64,") == 6  # scores and confusion, too
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 7  # scores, classes and confusion, too
 
 
 def test_real_images_give_the_same_losses_from_a_folder_parquet_and_shards(

@@ -22,7 +22,8 @@ from openjepa.evaluate.features import Features
 from openjepa.rng import key, permutation
 
 IN_MEMORY = 4 * 2**30  # bytes of features that are laid out for training; more are read row by row
-CHUNK = 2048  # images whose logits of all heads are held at a time
+CHUNK = 2048  # images whose logits are held at a time
+COLUMNS = 2048  # heads x classes of one matrix: what outgrows caches and the allocator's own memory is far slower on CPUs
 MOMENTUM = 0.9
 TRUST = 0.001  # LARS's eta
 BN_MOMENTUM = 0.1
@@ -252,7 +253,8 @@ class Group:
         d, h, c = weight.shape
         flat = weight.view(d, h * c)
         flat = flat.bfloat16() if half else flat
-        to_weight, to_bias = torch.zeros_like(weight).view(d, h * c), torch.zeros_like(bias)
+        to_weight: Tensor | None = None
+        to_bias = torch.zeros_like(bias)
         for xb, yb in zip(x.split(CHUNK), labels.split(CHUNK), strict=True):
             xb = xb.bfloat16() if half else xb
             error = ((xb @ flat).float().view(-1, h, c) + bias).softmax(-1)
@@ -261,7 +263,9 @@ class Group:
             )
             error = torch.nn.functional.hardshrink(error / len(x), 1e-9)  # denormal numbers are slow on CPUs
             to_bias += error.sum(0, keepdim=True)
-            to_weight += (xb.T @ (error.to(xb.dtype)).view(-1, h * c)).float()
+            part = (xb.T @ (error.to(xb.dtype)).view(-1, h * c)).float()
+            to_weight = part if to_weight is None else to_weight.add_(part)
+        assert to_weight is not None
         to_weight = to_weight.view(d, h, c)
         if self.norm != "batch":
             return {"weight": to_weight, "bias": to_bias}
@@ -283,11 +287,12 @@ class Group:
                     size, slope = (t.square().sum((0, 2)).sqrt()[:, None] for t in (p, gradient))
                     trust = TRUST * size / (slope + self.decay * size)
                     trust = torch.where((size > 0) & (slope > 0), trust, torch.ones_like(trust))
-                    gradient = (gradient + self.decay * p) * trust
+                    gradient = torch.addcmul(gradient, self.decay, p).mul_(trust)
                 else:
-                    gradient = gradient + self.decay * p
-            v.mul_(MOMENTUM).add_(gradient)
-            p.sub_(factor * self.lr * (gradient + MOMENTUM * v if self.config.nesterov else v))
+                    gradient = torch.addcmul(gradient, self.decay, p)
+            torch.add(gradient, v, alpha=MOMENTUM, out=v)
+            update = torch.add(gradient, v, alpha=MOMENTUM) if self.config.nesterov else v
+            p.addcmul_(update, self.lr, value=-factor)  # in place and few: memory is what this costs
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, D] to [B, h, C]."""
@@ -298,11 +303,14 @@ class Group:
 def fit(feed: Feed, heads: Sequence[Head], config: LinearConfig, classes: int, device: torch.device, seed: int,
         half: bool = False) -> list[Group]:  # fmt: skip
     """Train all heads in one pass over a feed. half: matrix products in bf16."""
-    kinds = dict.fromkeys((head.features, head.norm) for head in heads)
-    groups = [
-        Group([h for h in heads if (h.features, h.norm) == kind], feed.width(kind[0]), classes, config, device, seed)
-        for kind in kinds
-    ]
+    several = max(1, COLUMNS // classes)
+    groups: list[Group] = []
+    for name, norm in dict.fromkeys((head.features, head.norm) for head in heads):
+        alike = [head for head in heads if (head.features, head.norm) == (name, norm)]
+        groups += [
+            Group(alike[i : i + several], feed.width(name), classes, config, device, seed)
+            for i in range(0, len(alike), several)
+        ]
     size = min(config.batch_size, len(feed))
     per_epoch = len(feed) // size
     epochs = max(config.epochs, math.ceil(config.min_steps / per_epoch))

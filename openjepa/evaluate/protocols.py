@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -148,11 +149,12 @@ def ask_quality(config: quality.QualityConfig, subject: Subject, task: Task, ben
         loader = DataLoader(images, batch_size=BATCH, num_workers=bench.workers)
         views.append(torch.cat([subject.extractor(batch)[:, -1] for batch in loader]))
     about = {"dimensions": last.shape[1], "images": len(last)}
-    return [
+    answers = [
         Answer("RankMe", quality.rankme(last), details=about),
         Answer("alpha-ReQ", quality.alpha_req(last), details=about),
         Answer("LiDAR", quality.lidar(torch.stack(views, 1)), details={**about, "images": len(rows)}),
     ]
+    return [answer for answer in answers if math.isfinite(answer.value)]  # features of one direction have no slope
 
 
 # ---------------------------------------------------------------- by name

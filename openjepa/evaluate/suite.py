@@ -122,7 +122,7 @@ def table(records: Sequence[dict[str, Any]], title: str) -> Table:
     subjects, lines = rows(records)
     out = Table(title=title)
     for heading in ("task", "protocol", "metric"):
-        out.add_column(heading)
+        out.add_column(heading, overflow="fold")
     for heading in subjects:
         out.add_column(heading, justify="right")
     for line in lines:

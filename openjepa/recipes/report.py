@@ -87,6 +87,8 @@ def worth(answers: list[dict[str, Any]], test: str) -> list[Section]:
     if shown:
         protocol = "linear" if any(r["protocol"] == "linear" for r in shown) else shown[0]["protocol"]
         chosen = [r for r in shown if r["protocol"] == protocol]
+        text = f"Each class by its own score, {protocol}."
+        sections.append(Section("Which classes it knows", text, figures.classes_figure(chosen)))
         text = f"Of the images of each class, the share that {protocol} takes for each other."
         sections.append(Section("What it confuses", text, figures.confusion_figure(chosen)))
     return sections
