@@ -288,9 +288,9 @@ def held(seed: int, count: int) -> tuple[Features, torch.Tensor]:
     return Features(values, np.arange(count)), torch.from_numpy(labels)
 
 
-def test_the_regression_is_scikit_learns():
+@pytest.mark.parametrize("rows", [np.arange(0, 300, 5), np.arange(0, 300, 40)], ids=["many", "fewer than dimensions"])
+def test_the_regression_is_scikit_learns(rows):
     (train, y), (test, _) = held(0, 300), held(1, 100)
-    rows = np.arange(0, 300, 5)
     config = LowShotConfig(features=("last",), cs=(0.1,))
     found, about = lowshot.logistic(config, train, y, rows, test)
     scaler = StandardScaler().fit(train.values[rows, -1])
