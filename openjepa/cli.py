@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
 
-    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe")
+    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe, train")
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top

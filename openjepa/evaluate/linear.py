@@ -23,7 +23,9 @@ from openjepa.rng import key, permutation
 
 IN_MEMORY = 4 * 2**30  # bytes of features that are laid out for training; more are read row by row
 CHUNK = 2048  # images whose logits are held at a time
-COLUMNS = 2048  # heads x classes of one matrix: what outgrows caches and the allocator's own memory is far slower on CPUs
+COLUMNS = (
+    2048  # heads x classes of one matrix: what outgrows caches and the allocator's own memory is far slower on CPUs
+)
 MOMENTUM = 0.9
 TRUST = 0.001  # LARS's eta
 BN_MOMENTUM = 0.1

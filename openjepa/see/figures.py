@@ -159,7 +159,9 @@ def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
     """A row of bars a task: each class's own score, the best first; a few of many classes are named."""
     figure = Figure(figsize=(7.6, 2.3 * len(records)), layout="constrained")
     for axis, record in zip(np.atleast_1d(figure.subplots(len(records), 1)), records, strict=True):
-        known = [(s, c) for s, c in zip(record["details"]["per_class"], record["classes"], strict=True) if s is not None]
+        known = [
+            (s, c) for s, c in zip(record["details"]["per_class"], record["classes"], strict=True) if s is not None
+        ]
         known.sort(key=lambda entry: -entry[0])
         axis.bar(range(len(known)), [100 * share for share, _ in known], 0.8, color=BLUE)
         named = range(len(known)) if len(known) <= 24 else [0, 1, 2, len(known) - 3, len(known) - 2, len(known) - 1]
