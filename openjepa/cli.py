@@ -12,6 +12,8 @@ from openjepa.errors import UserError, nearest
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
 
+COLUMNS = 9  # of a table that a terminal holds
+
 
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
@@ -154,9 +156,12 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     if args.json:
         print(json.dumps({"bench": args.what, "environment": environment(), "rows": rows}, indent=1))
         return
-    table = Table(*rows[0], title=f"bench {args.what}")
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    lines = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    if len(lines[0]) > COLUMNS:
+        lines = [list(line) for line in zip(*lines, strict=True)]  # a line a quantity
+    table = Table(*lines[0], title=f"bench {args.what}")
+    for line in lines[1:]:
+        table.add_row(*line)
     Console().print(table)
 
 
@@ -253,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
 
-    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe")
+    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe, train")
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top

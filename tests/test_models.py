@@ -114,6 +114,19 @@ def test_blocks_are_predicted_apart():
     assert torch.allclose(predictor(context, visible, targets)[:, 1:2], alone, atol=1e-5)
 
 
+def test_the_final_block_of_the_predictor_asks_for_its_targets_alone():
+    """Outputs and every gradient are those of the whole block, whose context tokens nobody looks at."""
+    block = layers.Block(24, 2).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(3, 9, 24, dtype=torch.float64, requires_grad=True)
+    learning = [x, *block.parameters()]
+    whole, last = block(x)[:, -4:], block(x, last=4)
+    torch.testing.assert_close(last, whole, rtol=1e-12, atol=1e-12)
+    both = [torch.autograd.grad(out.square().sum(), learning) for out in (whole, last)]
+    torch.testing.assert_close(both[1], both[0], rtol=1e-10, atol=1e-10)
+
+
 def test_hidden_patches_do_not_reach_the_context():
     vit = awake(ViT(tiny_config()))
     images, visible = torch.randn(1, 3, 32, 24), torch.arange(6)[None]

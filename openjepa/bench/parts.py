@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from openjepa.bench.train import train
 from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
@@ -142,4 +143,5 @@ BENCHES: dict[str, Callable[[], Rows]] = {
     "attention": attention,
     "context": context,
     "probe": probe,
+    "train": train,
 }

@@ -90,8 +90,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike."""
+    def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
+        """x: [B, N, D], or [total, D] with `ragged`. Returned alike, or for the last tokens alone, [B, last, D]."""
+        if last is not None:
+            return self.of_last(x, last)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if ragged is None:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
@@ -101,6 +103,15 @@ class Attention(nn.Module):
         if ragged is None:
             out = out.transpose(1, 2)
         return cast(Tensor, self.proj(out.flatten(-2)))
+
+    def of_last(self, x: Tensor, last: int) -> Tensor:
+        """Queries of the last tokens, keys and values of all."""
+        d = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, -last:], weight[:d], bias[:d]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, weight[d:], bias[d:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attention(self.q_norm(q), self.k_norm(k), v)
+        return cast(Tensor, self.proj(out.transpose(1, 2).flatten(-2)))
 
 
 # ---------------------------------------------------------------- transformer block
@@ -166,9 +177,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), ragged)), ragged)
+    def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
+        """x: [B, N, D], or [total, D] with `ragged`. Returned alike, or for the last tokens alone, [B, last, D]."""
+        kept = x if last is None else x[:, -last:]
+        x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), ragged, last)), ragged)
         return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), ragged))
 
 

@@ -70,10 +70,11 @@ class Predictor(nn.Module):
         if ragged is not None:
             ragged = with_targets(ragged, m, t)
             x = ragged.pack(x)
-        for block in self.blocks:
+        *blocks, final = self.blocks
+        for block in blocks:
             x = block(x, ragged)
-        x = ragged.pad(x) if ragged is not None else x
-        x = self.norm(x[:, k:])
+        x = final(x, last=t) if ragged is None else ragged.pad(final(x, ragged))[:, k:]  # the context has served
+        x = self.norm(x)
         return cast(Tensor, self.proj(x)).unflatten(0, (b, m))
 
 

@@ -1,0 +1,199 @@
+"""`openjepa bench train`: a training step beside the released algorithm's, its parts, and its share of the machine's peak.
+
+Variants take turns on the same images and masks in one process, so that what else the machine does meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
+
+from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.optim import OptimConfig, build_optimizer
+from openjepa.engine.train import gradient_norm
+from openjepa.masking import MaskingConfig, Masks, sample
+from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models import layers
+from openjepa.models.layers import PatchEmbed, patchify, take
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+MASKS = 6  # batches of masks that take turns: block sizes differ from one to the next
+PARTS = ("target_encoder", "context_encoder", "predictor", "backward", "optimizer", "ema")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how many images a step has."""
+
+    name: str
+    model: ViTConfig
+    predictor: PredictorConfig
+    batch: int
+
+
+CPU = (
+    Case(
+        "ViT 192x12/4, 32 px", ViTConfig(size="Ti", image_size=(32, 32), patch_size=4), PredictorConfig(width=96), 128
+    ),
+    Case("ViT-S/16, 224 px", ViTConfig(size="S"), PredictorConfig(width=192), 32),
+)
+CUDA = (
+    Case("ViT-B/16, 224 px", ViTConfig(size="B"), PredictorConfig(), 256),
+    Case("ViT-L/16, 224 px", ViTConfig(size="L"), PredictorConfig(depth=12), 128),
+    Case("ViT-H/14, 224 px", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 64),
+)
+
+
+class Variant:
+    """One way to take a step, with its own weights."""
+
+    def __init__(self, name: str, case: Case, device: torch.device, precision: str = "bf16") -> None:
+        self.name, self.released = name, name == "released"
+        torch.manual_seed(0)
+        self.method = IJEPA(case.model, case.predictor, LossConfig()).to(device).train()
+        self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
+        if self.released:
+            self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
+            pick_autocast("bf16", device) if precision == "bf16" else nullcontext
+        )
+        self.seconds: list[float] = []
+        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def step(self, images: Tensor, masks: Masks, device: torch.device) -> None:
+        """One whole step, timed by its parts."""
+        method, times = self.method, [now(device)]
+        with as_released() if self.released else nullcontext():
+            with self.autocast():
+                features = method.target_encoder_features(images)
+                targets = method.targets(features, masks)
+                times.append(now(device))
+                context, visible, ragged = method.encode_context(images, masks, 0)
+                times.append(now(device))
+                loss = method.loss(method.predictor(context, visible, masks.targets, ragged), targets)
+                times.append(now(device))
+            loss.backward()
+            times.append(now(device))
+            gradient_norm([p for group in self.optimizer.param_groups for p in group["params"]], None)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            times.append(now(device))
+            if self.released:
+                with torch.no_grad():
+                    for theirs, ours in zip(
+                        method.target_encoder.parameters(), method.encoder.parameters(), strict=True
+                    ):
+                        theirs.mul_(0.996).add_(0.004 * ours)
+            else:
+                method.after_step(0.996)
+            times.append(now(device))
+        self.seconds.append(times[-1] - times[0])
+        for part, start, end in zip(PARTS, times, times[1:], strict=False):
+            self.parts[part].append(end - start)
+
+
+def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
+    """Steps of every variant in turn."""
+    device = pick_device("auto")
+    peak = matrix_peak(device)
+    rows = []
+    for case in CPU if device.type == "cpu" else CUDA:
+        images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
+        drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
+        masks = [m.to(device) for m in drawn]
+        variants = [
+            Variant("released", case, device, "fp32"),
+            Variant("float32", case, device, "fp32"),
+            Variant("bf16", case, device),
+        ]
+        work = flops(variants[-1].method, images, masks) / case.batch
+        for step in range(warmup + steps):
+            for variant in variants:
+                variant.step(images, masks[step % MASKS], device)
+        for variant in variants:
+            taken = median(variant.seconds[warmup:])
+            rows.append(
+                {
+                    "model": case.name,
+                    "variant": variant.name,
+                    "images_per_s": case.batch / taken,
+                    "over_released": median(variants[0].seconds[warmup:]) / taken,
+                    "min_s": min(variant.seconds[warmup:]),
+                    "median_s": taken,
+                    "max_s": max(variant.seconds[warmup:]),
+                    "gflop_per_image": work / 1e9,
+                    "share_of_bf16_peak": work * case.batch / taken / peak,
+                    **{f"{part}_s": median(times[warmup:]) for part, times in variant.parts.items()},
+                    "context_tokens": float(np.mean([m.context.shape[-1] for m in drawn])),
+                    "target_tokens": float(np.mean([m.targets.shape[-1] for m in drawn])),
+                    "batch": case.batch,
+                }
+            )
+    return rows
+
+
+def flops(method: IJEPA, images: Tensor, masks: list[Masks]) -> float:
+    """Of one step's matrix products, forward and backward, on the shapes that are run: the mean over masks.
+
+    What a kernel computes twice, such as attention's scores in its backward pass, counts once.
+    """
+    found = []
+    for mask in masks:
+        with patch.object(layers, "attention", explicit), FlopCounterMode(display=False) as counter:
+            method(images[:2], mask.rows(slice(0, 2)))["loss"].backward()
+        method.zero_grad()
+        found.append(counter.get_total_flops() / 2 * len(images))
+    return float(np.mean(found))
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Operations a second of the best of several bf16 matrix products."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        start = now(device)
+        a @ b
+        best = min(best, now(device) - start)
+    return 2 * side**3 / best
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- the released algorithm as its notes describe it
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def embeds_all(self: PatchEmbed, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Every patch is embedded, then some are kept."""
+    tokens = F.linear(patchify(images, self.proj.kernel_size[0]), self.proj.weight.flatten(1), self.proj.bias)
+    return tokens if visible is None else take(tokens, visible)
+
+
+@contextmanager
+def as_released() -> Iterator[None]:
+    """Explicit attention, embedding before masking."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(layers, "attention", explicit))
+        stack.enter_context(patch.object(PatchEmbed, "forward", embeds_all))
+        yield

@@ -1,0 +1,55 @@
+"""Claims about the training measurement: what is compared computes the same, and its work is counted from its shapes."""
+
+import numpy as np
+import pytest
+import torch
+
+from openjepa.bench import train as bench
+from openjepa.bench.train import Case, as_released
+from openjepa.masking import MaskingConfig, sample
+from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
+PREDICTOR = PredictorConfig(width=16, depth=2)
+CASE = Case("tiny", MODEL, PREDICTOR, 4)
+
+
+def test_the_released_way_computes_the_same():
+    method, images = IJEPA(MODEL, PREDICTOR, LossConfig()), torch.randn(4, 3, 32, 32)
+    masks = sample(MaskingConfig(), MODEL.grid, 0, 0, np.arange(4))
+    ours = method(images, masks)["loss"]
+    with as_released():
+        theirs = method(images, masks)["loss"]
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-6)
+
+
+def test_work_is_that_of_the_matrix_products():
+    method, images = IJEPA(MODEL, PREDICTOR, LossConfig()), torch.randn(4, 3, 32, 32)
+    masks = sample(MaskingConfig(), MODEL.grid, 0, 0, np.arange(4))
+    n, k, t, m = 64, masks.context.shape[-1], masks.targets.shape[-1], masks.targets.shape[1]
+
+    def block(queries: int, keys: int, d: int) -> int:
+        """Multiply-adds: q, k, v, output and MLP; scores and values."""
+        return d * d * (2 * queries + 2 * keys + 8 * queries) + 2 * queries * keys * d
+
+    patches, d, p = 3 * 4 * 4, 24, 16
+    target = n * patches * d + 2 * block(n, n, d)
+    learning = 2 * block(k, k, d) + k * d * p + m * (block(k + t, k + t, p) + block(t, k + t, p) + t * p * d)
+    first = k * patches * d  # images need no gradient: forward, and the weights' gradient
+    expected = 2 * 4 * (target + 3 * learning + 2 * first)
+    assert bench.flops(method, images, [masks]) == expected
+
+
+def test_every_variant_takes_its_turn(monkeypatch):
+    monkeypatch.setattr(bench, "CPU", (CASE,))
+    monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(bench, "matrix_peak", lambda _: 1e12)
+    rows = bench.train(steps=2, warmup=1)
+    assert [row["variant"] for row in rows] == ["released", "float32", "bf16"]
+    assert rows[0]["over_released"] == 1.0
+    for row in rows:
+        assert row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
+        assert sum(row[f"{part}_s"] for part in bench.PARTS) == pytest.approx(row["median_s"], rel=0.5)
