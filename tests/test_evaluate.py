@@ -244,10 +244,10 @@ def test_answers_are_read_again_unless_asked_afresh(run, folder, capsys, monkeyp
 def test_another_question_is_asked_and_both_answers_stay(run, folder, tmp_path):
     ask(run, folder, {}, protocols=["knn"])
     changed = ask(run, folder, {"knn.ks": "5"}, protocols=["knn"])
-    assert [r["details"]["k"] for r in changed] == [5] * 3
+    assert [r["details"]["k"] for r in changed] == [20] * 3 + [5] * 3
     both = ask(run, folder, {}, protocols=["knn"], network="encoder")
     assert {r["network"] for r in both} == {"encoder", "target_encoder"}
-    assert len(both) == 6
+    assert len(both) == 9
 
 
 def test_another_checkpoint_at_the_same_path_is_another_question(run, folder, capsys):
@@ -262,7 +262,7 @@ def test_another_checkpoint_at_the_same_path_is_another_question(run, folder, ca
     second = {r["of"]: r for r in ask(run, folder, {}, protocols=["knn"])}
     assert "2 answers were there" in capsys.readouterr().out  # the controls'
     assert second["pretrained"]["question"] != first["pretrained"]["question"]
-    assert len(second) == 3
+    assert len(json.loads((run / "evaluation.json").read_text())["results"]) == 4
 
 
 def test_an_exported_file_is_evaluated_like_its_run(run, folder, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from openjepa.data.sources import EXTENSIONS, Folder, walk
+from openjepa.data.sources import EXTENSIONS, Folder, stamp, walk
 from openjepa.errors import UserError, first_line
 
 FOLDERS = {"masks": "segmentation", "depth": "depth"}  # and the task's name
@@ -45,6 +45,11 @@ class Annotated(Folder):
                 values = np.asarray(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{file} cannot be read ({first_line(error)})") from error
+        with open(os.path.join(self.root, self.files[index]), "rb") as handle, Image.open(handle) as seen:
+            size = seen.size
+        if values.ndim == 2 and sorted(values.shape) != sorted(size):  # sorted: some images are stored lying
+            h, w = values.shape
+            raise UserError(f"{file} is {w}x{h} pixels, its image {size[0]}x{size[1]}: a map has its image's size")
         if values.ndim != 2:
             raise UserError(f"{file} has {values.shape[-1]} channels: a map has one")
         if task == "depth":
@@ -54,6 +59,11 @@ class Annotated(Folder):
         if known.size and known.max() >= len(classes):
             raise UserError(f"{file} has class {known.max()}: classes.txt names 0 to {len(classes) - 1}")
         return values.astype(np.uint8)
+
+    def stamps(self) -> list[str]:
+        """Of the images, and of all that lies beside them."""
+        beside = [stamp(answer_of(folder, file)) for folder in self.beside.values() for file in self.files]
+        return [*super().stamps(), *beside]
 
 
 def answer_of(folder: Path, image: str) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from openjepa.data.sources import Source
+from openjepa.data.sources import Source, stamp
 from openjepa.errors import UserError, first_line, nearest
 
 COUNTS = (3, 10)  # objects in a scene
@@ -78,11 +78,16 @@ class Clevr(Source):
     def name(self, index: int) -> str:
         return self.files[index]
 
+    def stamps(self) -> list[str]:
+        return [stamp(self.root / "images" / self.part / file) for file in self.files]
+
 
 def read_scenes(file: Path) -> list[tuple[str, list[float]]]:
     """Every scene's image file and its objects' depths. Raises UserError."""
     try:
         found: list[dict[str, Any]] = json.loads(file.read_text())["scenes"]
+        if not found:
+            raise ValueError("it has none")
         return [
             (os.path.basename(s["image_filename"]), [float(o["pixel_coords"][2]) for o in s["objects"]]) for s in found
         ]

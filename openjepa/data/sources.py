@@ -60,9 +60,9 @@ class Source:
         """What to call the image in a log."""
         raise NotImplementedError
 
-    def sizes(self) -> np.ndarray:
-        """The encoded bytes of every image, where that is known without reading them. int64 [len], or empty."""
-        return np.empty(0, dtype=np.int64)
+    def stamps(self) -> list[str]:
+        """What changes when the contents of any of its files do, known without reading them; empty where nothing can change."""
+        return []
 
     def fingerprint(self, probes: int = 64) -> str:
         """A short hash of the length, the labels and some evenly spaced images."""
@@ -150,8 +150,14 @@ class Folder(Source):
     def name(self, index: int) -> str:
         return self.files[index].encode(errors="backslashreplace").decode()
 
-    def sizes(self) -> np.ndarray:
-        return np.array([os.stat(os.path.join(self.root, file)).st_size for file in self.files], dtype=np.int64)
+    def stamps(self) -> list[str]:
+        return [stamp(os.path.join(self.root, file)) for file in self.files]
+
+
+def stamp(file: str | Path) -> str:
+    """A file's size and time of change."""
+    about = os.stat(file)
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -210,14 +216,8 @@ class ParquetSource(Source):
     def name(self, index: int) -> str:
         return f"{self.spec} row {index}"
 
-    def sizes(self) -> np.ndarray:
-        import pyarrow.compute as pc
-
-        self.read(0)
-        lengths = [chunk.field("bytes") for chunk in self._table.column(self.image).chunks]
-        return np.concatenate(
-            [pc.binary_length(chunk).fill_null(0).to_numpy(zero_copy_only=False) for chunk in lengths]
-        )
+    def stamps(self) -> list[str]:
+        return [stamp(file) for file in self.files or []]
 
 
 def read_tables(files: list[str]) -> Any:
@@ -338,8 +338,10 @@ class Shards(Source):
             file.seek(offset)
             return bytes(file.read(size))
 
-    def sizes(self) -> np.ndarray:
-        return np.array([size for _, _, size, _ in self.entries], dtype=np.int64)
+    def stamps(self) -> list[str]:
+        """Of local shards; of remote ones the sizes of their images."""
+        local = [stamp(url) for url in self.urls if "://" not in url]
+        return local or [str(size) for _, _, size, _ in self.entries]
 
     def name(self, index: int) -> str:
         shard, *_, key = self.entries[index]

@@ -170,7 +170,7 @@ class PixelFeatures:
         self.view, self.patch, self.device = view, patch, device
         shrink = max(1.0, max(view.size) / PIXELS)
         self.size = tuple(max(1, round(side / shrink)) for side in view.size)
-        self.identity: dict[str, Any] = {"pixels": self.size, "view": asdict(view)}
+        self.identity: dict[str, Any] = {"pixels": self.size, "patch": patch, "view": asdict(view)}
 
     def __call__(self, images: Tensor) -> Tensor:
         small = F.interpolate(images.float(), self.size, mode="area") if self.size != self.view.size else images.float()
@@ -257,6 +257,9 @@ class Store:
 def opened(folder: Path, extractor: Extractor, images: Images, about: dict[str, Any]) -> Store:
     """The store's files, made if they are not there. Those of several processes are the same files."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not intact(folder):
+        for name in ("done", "values", "hashes"):
+            (folder / f"{name}.npy").unlink(missing_ok=True)
     if not (folder / "done.npy").exists():
         shape = extractor(images[0][None]).shape[1:]  # [layers, D]
         blocks = -(-len(images) // BLOCK)
@@ -265,6 +268,17 @@ def opened(folder: Path, extractor: Extractor, images: Images, about: dict[str, 
         (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
         create(folder / "done.npy", (blocks,), np.uint8)  # last: with it the store is open
     return Store(*(np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("values", "hashes", "done")))
+
+
+def intact(folder: Path) -> bool:
+    """Whether the files of a store are as long as they say, where there is one."""
+    try:
+        if (folder / "done.npy").exists():
+            for name in ("values", "hashes", "done"):
+                np.load(folder / f"{name}.npy", mmap_mode="r")
+    except (ValueError, EOFError, FileNotFoundError):
+        return False
+    return True
 
 
 def create(file: Path, shape: tuple[int, ...], dtype: Any) -> None:

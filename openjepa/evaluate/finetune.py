@@ -73,6 +73,10 @@ class FinetuneConfig:
             or not 0 <= self.erase <= 1
         ):
             raise UserError("finetune: drop_path, smoothing, erase and ema are shares from 0 to below 1")
+        if self.randaug and not self.randaug.startswith("rand-"):
+            raise UserError(
+                f"finetune.randaug '{self.randaug}': timm's words, such as rand-m9-mstd0.5-inc1, or nothing"
+            )
         if min(self.mixup, self.cutmix, self.weight_decay, self.warmup_epochs, self.min_lr) < 0:
             raise UserError("finetune: mixup, cutmix, weight_decay, warmup_epochs and min_lr must not be negative")
 
@@ -136,13 +140,14 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "fine-tuning head") >> 1)
         model = Classifier(vit, classes).to(device)
+    mixing = config.mixup > 0 or config.cutmix > 0
     size = min(config.batch_size, len(rows))
+    size -= size % 2 if mixing and size > 1 else 0  # timm mixes pairs
     per_epoch = len(rows) // size
-    steps, warmup = config.epochs * per_epoch, config.warmup_epochs * per_epoch
+    steps, warmup = config.epochs * per_epoch, min(config.warmup_epochs, config.epochs / 4) * per_epoch
     peak = config.lr * (size / 256 if config.per_256 else 1)
     optimizer = torch.optim.AdamW(layer_groups(model, config), lr=peak, betas=config.betas)
     average = ModelEmaV3(model, decay=config.ema) if config.ema else None
-    mixing = config.mixup > 0 or config.cutmix > 0
     mixer = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
     hard = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     soft = SoftTargetCrossEntropy()
@@ -155,7 +160,7 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
         for batch, target in loader:
             with seeded(key(seed, f"fine-tuning step {step}")):
                 batch, target = batch.to(device), target.to(device)
-                mixed = mixing and size % 2 == 0  # timm pairs images
+                mixed = mixing and size > 1
                 if mixed:
                     batch, target = mixer(batch, target)
                 for group in optimizer.param_groups:

@@ -263,7 +263,7 @@ class Group:
             error.scatter_add_(
                 2, yb[:, None, None].expand(-1, h, 1), error.new_full((1, 1, 1), -1.0).expand(len(yb), h, 1)
             )
-            error = torch.nn.functional.hardshrink(error / len(x), 1e-9)  # denormal numbers are slow on CPUs
+            error = torch.nn.functional.hardshrink(error / len(x), 1e-30)  # denormal numbers are slow on CPUs
             to_bias += error.sum(0, keepdim=True)
             part = (xb.T @ (error.to(xb.dtype)).view(-1, h * c)).float()
             to_weight = part if to_weight is None else to_weight.add_(part)
@@ -362,13 +362,15 @@ class Probe:
 
     def run(self, test: Features) -> LinearResult:
         """Choose a head without the test set, then predict the test set with it."""
-        fitting, validation = split(len(self.train), self.config.validation, self.seed)
         heads = [h for h in self.config.heads if h.features == "last" or self.train.values.shape[1] > 1]
-        groups, standards = self.fitted(fitting, heads)
-        held = self.cached(self.train, validation, self.labels[validation], heads, standards)
-        sweep = validated(groups, held)
-        chosen = max(sweep, key=lambda entry: entry[1])[0]
-        if self.config.refit:
+        chosen, sweep, refit = heads[0], [], True
+        if len(heads) > 1:
+            fitting, validation = split(len(self.train), self.config.validation, self.seed)
+            groups, standards = self.fitted(fitting, heads)
+            held = self.cached(self.train, validation, self.labels[validation], heads, standards)
+            sweep = validated(groups, held)
+            chosen, refit = max(sweep, key=lambda entry: entry[1])[0], self.config.refit
+        if refit:
             groups, standards = self.fitted(np.arange(len(self.train)), [chosen])
         unseen = self.cached(test, np.arange(len(test)), torch.zeros(len(test), dtype=torch.int64), [chosen], standards)
         group = next(g for g in groups if chosen in g.heads)

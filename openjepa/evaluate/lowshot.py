@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from openjepa.data.sources import Source
 from openjepa.errors import UserError
-from openjepa.evaluate.features import Features
+from openjepa.evaluate.features import Features, short_hash
 from openjepa.evaluate.finetune import FinetuneConfig
 from openjepa.evaluate.linear import Standard, feature_set
 from openjepa.rng import permutation
@@ -57,6 +58,11 @@ class LowShotConfig:
                 "lowshot: methods, features and cs need one value at least, cs are above 0, folds at least 2"
             )
 
+    @property
+    def contents(self) -> list[str]:
+        """Of the lists, which their names do not tell."""
+        return [short_hash(names_in(Path(file))) for file in self.lists]
+
 
 RECIPES = {
     "1%": LowShotConfig(),
@@ -90,12 +96,22 @@ def numbered(source: Source) -> dict[str, int]:
     return short | {name: i for i, name in enumerate(names)}
 
 
-def listed(file: Path, number: dict[str, int]) -> np.ndarray:
-    """The rows that a file names, one a line, as SimCLR's 1percent.txt does."""
+def names_in(file: Path) -> list[str]:
+    """The lines of a list. Raises UserError."""
     try:
         names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"lowshot.lists {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"lowshot.lists {file} is not text") from error
+    if not names:
+        raise UserError(f"lowshot.lists {file} names no image")
+    return names
+
+
+def listed(file: Path, number: dict[str, int]) -> np.ndarray:
+    """The rows that a file names, one a line, as SimCLR's 1percent.txt does."""
+    names = names_in(file)
     if missing := [name for name in names if name not in number]:
         raise UserError(
             f"lowshot.lists {file}: {len(missing)} of {len(names)} images are not in --train, as '{missing[0]}'"
@@ -119,13 +135,18 @@ def logistic(config: LowShotConfig, train: Features, labels: Tensor, rows: np.nd
         return standards[name](feature_set(features.rows(some), name)).numpy()
 
     known = {name: seen(train, rows, name) for name in names}
-    folds = min(config.folds, int(np.unique(y, return_counts=True)[1].min()))
+    folds = min(config.folds, int(np.unique(y, return_counts=True)[1].max()))
     settings = list(itertools.product(names, config.cs))
-    score, (name, c) = None, settings[len(settings) // 2]
+    score, name, c = None, names[0], config.cs[len(config.cs) // 2]  # where every class has one label alone
     with threadpool_limits(1 if len(rows) < SMALL else None):
         if folds > 1:
             kfold = StratifiedKFold(folds, shuffle=True, random_state=0)
-            scores = [float(cross_val_score(model(c), known[name], y, cv=kfold).mean()) for name, c in settings]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # classes with fewer labels than folds
+                scores = [
+                    float(cross_val_score(model(c), known[name], y, cv=kfold, error_score=0.0).mean())
+                    for name, c in settings
+                ]
             score, (name, c) = max(scores), settings[int(np.argmax(scores))]
         fitted = model(c).fit(known[name], y)
     starts = range(0, len(test), 8192)

@@ -38,6 +38,20 @@ class Asked:
     kind: Kind = "class"
     pixels: bool = True
 
+    @property
+    def changed(self) -> str:
+        """Its values that are not those of its name: per_class 10, draws 1."""
+        own, mine = (flat(asdict(config)) for config in (PROTOCOLS[self.name].config, self.config))
+        return ", ".join(f"{key} {value}" for key, value in mine.items() if own[key] != value)
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"finetune": {"lr": 1}} to {"finetune.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= {f"{key}.{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {key: value}
+    return found
+
 
 # ---------------------------------------------------------------- classes
 

@@ -44,9 +44,9 @@ class Bench:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Of the images and labels of both sets: every image's size, and what some of them hold."""
+        """Of the images and labels of both sets: what some images hold, and when any of their files changed."""
         both = {"train": self.train, "test": self.test}
-        return {name: short_hash([source.fingerprint(), *source.sizes().tolist()]) for name, source in both.items()}
+        return {name: short_hash([source.fingerprint(), *source.stamps()]) for name, source in both.items()}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -92,6 +92,11 @@ class Subject:
             PatchFeed(self.extractor, b.test, task.test, b.device, b.autocast, b.seed, b.workers),
         )
 
+    @cached_property
+    def contents(self) -> str:
+        """A hash of all images of both sets, by their contents."""
+        return short_hash([features.hashes.tolist() for features in (self.train, self.test)])
+
     def shared_images(self) -> int:
         """Test images whose contents are in the training set, too."""
         return int(np.isin(self.test.hashes, self.train.hashes).sum())
@@ -110,10 +115,10 @@ class Task:
     test: Tensor | Maps
 
     @cached_property
-    def identity(self) -> list[str]:
-        """What tells its answers apart that the images' fingerprints do not hold."""
-        maps = [answers.fingerprint() for answers in (self.train, self.test) if isinstance(answers, Maps)]
-        return [self.name, *maps]
+    def identity(self) -> str:
+        """A hash of its name, its classes, and all answers: of maps some, and when their files changed."""
+        both = [a.fingerprint() if isinstance(a, Maps) else a.tolist() for a in (self.train, self.test)]
+        return short_hash([self.name, self.classes, *both])
 
     @property
     def labels(self) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,9 @@ class Maps:
         return found if found.is_floating_point() else found.long()
 
     def fingerprint(self, probes: int = 64) -> str:
-        """A short hash of some evenly spaced maps."""
+        """A short hash of some evenly spaced maps, and of when any file of the source changed."""
         count = len(self.source)
-        digest = hashlib.blake2b(digest_size=8)
+        digest = hashlib.blake2b(" ".join(self.source.stamps()).encode(), digest_size=8)
         for index in np.linspace(0, count - 1, min(probes, count)).astype(int):
             digest.update(self.source.read_map(self.task, int(index)).tobytes())
         return digest.hexdigest()

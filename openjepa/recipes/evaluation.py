@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from openjepa.data.sources import open_source
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.run import environment
-from openjepa.engine.whole import write_whole
+from openjepa.engine.whole import locked, refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 from openjepa.evaluate import suite
 from openjepa.evaluate.features import View
@@ -33,6 +33,7 @@ from openjepa.recipes.recipe import from_dict, nested
 from openjepa.recipes.suites import SUITES, Found, find
 
 FILE = "evaluation.json"
+PLACE = ("train", "test", "network", "view", "task", "protocol", "of", "metric")  # what a table tells answers apart by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     folder = question.out or (about["run"] if about["run"] else None)
     if folder is None:
         raise UserError(f"{question.source} is not a run: say where the answers go, --out DIR")
+    refuse_unwritable(folder)
     known = read(folder)
     size = question.image_size or encoder.vit.config.image_size
     if size != encoder.vit.config.image_size:
@@ -92,11 +94,11 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
         try:
             bench = laid(question, part, encoder, size, device, precision)
             more = {"train": part.data.train, "test": part.data.test, "network": encoder.network, "step": about["step"],
-                    "table": part.table, "command": command}  # fmt: skip
+                    "table": part.table}  # fmt: skip
             asking = [protocols[name] for name in part.protocols]
             for answers in suite.evaluate(encoders, bench, asking, known, console, part.tasks):
-                records += [{**more, **answer} for answer in answers]
-                write(folder, records, known, skipped)
+                records += [{"command": command, **answer, **more} for answer in answers]
+                write(folder, records, skipped)
         except UserError as error:
             if not question.suite:
                 raise
@@ -111,7 +113,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
         console.print(f"skipped {what}: {reason}", style="yellow", highlight=False, soft_wrap=True)
     if not records:
         raise UserError("nothing could be asked")
-    write(folder, records, known, skipped)
+    write(folder, records, skipped)
     console.print(f"written to {folder / FILE} after {seconds:.0f} s", highlight=False, soft_wrap=True)
     return folder / FILE
 
@@ -140,8 +142,9 @@ def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
     parts, skipped = [], {}
     for row in SUITES[question.suite]:
         try:
-            data = own if given and row.data == "imagenet" else find(row.data, question.root)
-            parts.append(Part(data, row.protocols, row.tasks, row.table))
+            data = own if given and row.data == "imagenet" else find(row.data, question.root, fetch=False)
+            table = row.table if data.name in (row.data, own.name) else f"{row.table}, {data.name}"
+            parts.append(Part(data, row.protocols, row.tasks, table))
         except UserError as error:
             skipped[f"{row.data}: {', '.join(row.protocols)}"] = str(error)
     return parts, skipped
@@ -191,14 +194,21 @@ def asked(names: Sequence[str], values: Mapping[str, str]) -> list[Asked]:
             raise UserError(f"unknown protocol '{name}': one of {choices}{nearest(name, PROTOCOLS)}")
     kinds = {name: name.partition(":")[0] for name in names}
     trees = nested(values)
+    own = {
+        kind: {f.name for p in names if kinds[p] == kind for f in fields(PROTOCOLS[p].config)}
+        for kind in kinds.values()
+    }
     for path in values:
         if path.partition(".")[0] not in kinds.values() or "." not in path:
             raise UserError(f"--{path} belongs to none of the protocols asked for: {', '.join(names)}")
     protocols = [PROTOCOLS[name] for name in dict.fromkeys(names)]
-    return [
-        replace(p, config=from_dict(type(p.config), trees.get(kinds[p.name], {}), kinds[p.name], base=p.config))
-        for p in protocols
-    ]
+    changed = []
+    for p in protocols:
+        kind = kinds[p.name]
+        others = own[kind] - {f.name for f in fields(p.config)}  # keys of another protocol of its kind
+        mine = {key: value for key, value in trees.get(kind, {}).items() if key not in others}
+        changed.append(replace(p, config=from_dict(type(p.config), mine, kind, base=p.config)))
+    return changed
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -208,19 +218,26 @@ def read(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-        return [record for record in found if "question" in record]
+        for record in found:
+            _ = [record[name] for name in (*PLACE, "value", "interval", "spread", "details")]
+        return found
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}): move it away") from error
 
 
-def write(folder: Path, records: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]],
-          skipped: Mapping[str, str]) -> None:  # fmt: skip
-    """New answers take the place of old ones to the same question, and of the same data by older weights."""
-    place = ("train", "test", "network", "view", "task", "protocol", "of", "metric")
-    merged = {json.dumps([r[name] for name in place]): r for r in (*known, *records)}
-    about = {"environment": environment(), "skipped": skipped, "results": list(merged.values())}
+def identity(record: dict[str, Any]) -> str:
+    """What another answer must share to take this one's place."""
+    return json.dumps([record.get("question"), *(record[name] for name in PLACE)])
+
+
+def write(folder: Path, records: Sequence[dict[str, Any]], skipped: Mapping[str, str]) -> None:
+    """Add answers to those that are there by then; one takes the place of an older one to the same question."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FILE, json.dumps(about, indent=1) + "\n")
+        with locked(folder):
+            new = {identity(record): record for record in records}
+            old = [record for record in read(folder) if identity(record) not in new]
+            about = {"environment": environment(), "skipped": skipped, "results": [*old, *new.values()]}
+            write_whole(folder / FILE, json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error

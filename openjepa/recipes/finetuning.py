@@ -14,7 +14,7 @@ from rich.console import Console
 
 from openjepa.convert import native
 from openjepa.engine.device import Precision, pick_device, pick_precision
-from openjepa.engine.whole import new_folder, refuse_full
+from openjepa.engine.whole import new_folder, refuse_full, refuse_unwritable
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate import finetune as method
 from openjepa.evaluate import suite
@@ -60,6 +60,7 @@ def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> 
     if asked.recipe not in known:
         raise UserError(f"unknown recipe '{asked.recipe}': one of {', '.join(known)}{nearest(asked.recipe, known)}")
     refuse_full(asked.out)
+    refuse_unwritable(asked.out)
     config = from_dict(method.FinetuneConfig, nested(values).get("finetune", {}), "finetune", base=known[asked.recipe])
     encoder, _, about = evaluation.subjects(Question(source=asked.source, network=asked.network, seed=asked.seed))
     device = pick_device(asked.device)
@@ -89,7 +90,7 @@ def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> 
     classifier = Encoder(model.vit.cpu(), encoder.normalise.cpu(), "finetuned", model.head.cpu(), task.classes)
     with new_folder(asked.out) as folder:
         native.write(folder / FILE, classifier)
-        evaluation.write(folder, [record], [], {})
+        evaluation.write(folder, [record], {})
     console.print(suite.table([record], f"{asked.source} fine-tuned on {asked.train}"))
     console.print(f'load: openjepa.load("{asked.out}").classify(images)', highlight=False, soft_wrap=True)
     return answer.value

@@ -34,7 +34,7 @@ def report(run: Path) -> Path:
     source = open_source(data["data"], recipe.model.image_size)
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
     metrics, answers = read_metrics(run), evaluation.read(run)
-    sections = [section for test in dict.fromkeys(r["test"] for r in answers) for section in worth(answers, test)]
+    sections = [section for records in together(answers) for section in worth(records)]
     masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
     sections += [
         Section(
@@ -72,13 +72,23 @@ def report(run: Path) -> Path:
     return path
 
 
-def worth(answers: list[dict[str, Any]], test: str) -> list[Section]:
+def together(answers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The newest answers, a list for each pair of sets, network and view."""
+    newest = {pretty([r.get("changed"), *(r[name] for name in evaluation.PLACE)]): r for r in answers}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in newest.values():
+        groups.setdefault(pretty([record[name] for name in ("train", "test", "network", "view")]), []).append(record)
+    return list(groups.values())
+
+
+def worth(records: list[dict[str, Any]]) -> list[Section]:
     """The scores on one test set, and who is taken for whom."""
-    records = [r for r in answers if r["test"] == test]
-    network = " and ".join(dict.fromkeys(r["network"].replace("_", " ") for r in records))
+    one = records[0]
+    height, width = one["view"]["size"]
     text = (
-        f"The pretrained {network}, the same network with random weights, and raw pixels, on {test}. The bars' ends and the "
-        "± are 95 % intervals over the test images."
+        f"The pretrained {one['network'].replace('_', ' ')}, the same network with random weights, and raw pixels, on "
+        f"{one['test']}, seen at {height}x{width} pixels. The bars' ends and the ± are 95 % intervals over the test images, sd "
+        "is the deviation over draws."
     )
     subjects, rows = suite.rows(records)
     table = html_table(["task", "protocol", "metric"], subjects, rows)

@@ -86,8 +86,8 @@ class Found:
     share: float
 
 
-def find(name: str, root: Path | None) -> Found:
-    """A data set by its name. Raises UserError that says where it was looked for."""
+def find(name: str, root: Path | None, fetch: bool = True) -> Found:
+    """A data set by its name. fetch: from torchvision or the hub, if the root has none. Raises UserError."""
     entry = SETS.get(name, DataSet(share=1.0))
     for folder in (name, *entry.folders) if root else ():
         assert root
@@ -95,6 +95,8 @@ def find(name: str, root: Path | None) -> Found:
             return in_folder(name, root / folder, entry.share)
     if name == "clevr":
         return Found("scenes, in place of clevr", *SCENES, 1.0)
+    if entry.train and not fetch:
+        raise UserError(f"{name} is not in --root: --sets {name} fetches it")
     if entry.train:
         return Found(name, entry.train, entry.test, entry.share)
     if name in SETS:

@@ -14,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from openjepa.evaluate.scores import SHARES, dense
+from openjepa.evaluate.suite import spelled
 from openjepa.masking import Masks
 from openjepa.models.encoder import Encoder
 
@@ -108,8 +109,8 @@ def scores_figure(records: Sequence[dict[str, Any]]) -> Figure | None:
     if not records:
         return None
     names = list(dict.fromkeys(r["of"] for r in records))
-    groups = list(dict.fromkeys((r["protocol"], r["task"]) for r in records))
-    found = {(r["protocol"], r["task"], r["of"]): r for r in records}
+    groups = list(dict.fromkeys((spelled(r), r["task"]) for r in records))
+    found = {(spelled(r), r["task"], r["of"]): r for r in records}
     figure = Figure(figsize=(max(4.5, 1.25 * len(groups) + 1.5), 3.0), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(names)
@@ -143,7 +144,7 @@ def confusion_figure(records: Sequence[dict[str, Any]]) -> Figure:
         counts = dense(record["details"]["confusion"], len(classes))
         axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
         axis.set_title(record["task"], fontsize=10, color=INK)
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], xlabel="taken for", ylabel="is")
         if len(classes) <= 24:
             axis.set_xticks(range(len(classes)), classes, fontsize=7, rotation=90)
             axis.set_yticks(range(len(classes)), classes, fontsize=7)
