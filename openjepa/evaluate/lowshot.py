@@ -138,15 +138,14 @@ def logistic(config: LowShotConfig, train: Features, labels: Tensor, rows: np.nd
     folds = min(config.folds, int(np.unique(y, return_counts=True)[1].max()))
     settings = list(itertools.product(names, config.cs))
     score, name, c = None, names[0], config.cs[len(config.cs) // 2]  # where every class has one label alone
-    with threadpool_limits(1 if len(rows) < SMALL else None):
+    with threadpool_limits(1 if len(rows) < SMALL else None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer labels than folds, or one alone
         if folds > 1:
             kfold = StratifiedKFold(folds, shuffle=True, random_state=0)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # classes with fewer labels than folds
-                scores = [
-                    float(cross_val_score(model(c), known[name], y, cv=kfold, error_score=0.0).mean())
-                    for name, c in settings
-                ]
+            scores = [
+                float(cross_val_score(model(c), known[name], y, cv=kfold, error_score=0.0).mean())
+                for name, c in settings
+            ]
             score, (name, c) = max(scores), settings[int(np.argmax(scores))]
         fitted = model(c).fit(known[name], y)
     starts = range(0, len(test), 8192)
