@@ -144,7 +144,9 @@ def confusion_figure(records: Sequence[dict[str, Any]]) -> Figure:
         counts = dense(record["details"]["confusion"], len(classes))
         axis.imshow(counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
         axis.set_title(record["task"], fontsize=10, color=INK)
-        axis.set(xticks=[], yticks=[], xlabel="taken for", ylabel="is")
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel("taken for", fontsize=8)
+        axis.set_ylabel("is", fontsize=8)
         if len(classes) <= 24:
             axis.set_xticks(range(len(classes)), classes, fontsize=7, rotation=90)
             axis.set_yticks(range(len(classes)), classes, fontsize=7)
@@ -165,8 +167,14 @@ def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
         ]
         known.sort(key=lambda entry: -entry[0])
         axis.bar(range(len(known)), [100 * share for share, _ in known], 0.8, color=BLUE)
-        named = range(len(known)) if len(known) <= 24 else [0, 1, 2, len(known) - 3, len(known) - 2, len(known) - 1]
-        axis.set_xticks(named, [known[i][1] for i in named], fontsize=7, rotation=0 if len(known) <= 12 else 90)
+        if len(known) <= 24:
+            axis.set_xticks(
+                range(len(known)), [name for _, name in known], fontsize=7, rotation=0 if len(known) <= 12 else 90
+            )
+        else:
+            axis.set_xticks([])
+            ends = [", ".join(name for _, name in part) for part in (known[:3], known[-3:])]
+            axis.set_xlabel(f"best: {ends[0]}    worst: {ends[1]}", fontsize=8)
         axis.set_title(record["task"], fontsize=10, color=INK)
         axis.set_ylabel("%", fontsize=8)
         tidy(axis)
