@@ -190,6 +190,7 @@ def test_a_classifier_is_kept_and_loads(trained, folder, tmp_path, monkeypatch, 
     status, text, errors = command(monkeypatch, capsys, *words, *short)
     assert status == 0, errors
     assert "epoch 4/4" in text
+    assert "40 test images are in the training set" in text
     (record,) = json.loads((tmp_path / "c" / "evaluation.json").read_text())["results"]
     assert record["protocol"] == "finetune:low_shot"
     found = openjepa.load(tmp_path / "c")

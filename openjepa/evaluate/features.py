@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from openjepa.data.augment import centre_crop
-from openjepa.data.decode import BadImage, Box, decode
+from openjepa.data.decode import BadImage, Box, Raw, decode
 from openjepa.data.sources import Source, cache_folder
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
@@ -90,9 +91,22 @@ class Images(Dataset[Tensor]):
             if self.skip_bad:
                 return torch.zeros(self.view.channels, *self.view.size, dtype=torch.uint8), 0
             raise UserError(f"unreadable image {self.source.name(index)} ({error}): remove it to evaluate") from error
-        content = raw if isinstance(raw, bytes) else np.asarray(raw).tobytes()
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), int.from_bytes(digest, "little", signed=True)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), content_hash(raw)
+
+
+def content_hash(raw: Raw) -> int:
+    """Of an image as it is stored, 64 bits."""
+    content = raw if isinstance(raw, bytes) else np.asarray(raw).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def contents(source: Source) -> list[int]:
+    """The hashes of all images of a source that can be read."""
+    found = []
+    for index in range(len(source)):
+        with contextlib.suppress(BadImage, OSError):  # whoever decodes it names it
+            found.append(content_hash(source.read(index)))
+    return found
 
 
 class Hashed(Dataset[tuple[Tensor, int]]):

@@ -77,7 +77,11 @@ def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Ask
     if reused:
         console.print(f"{reused} answers were there already (--fresh asks anew)", highlight=False)
     if shared:
-        console.print(f"warning: {shared} test images are in the training set, too", style="yellow", highlight=False)
+        console.print(in_both(shared), style="yellow", highlight=False)
+
+
+def in_both(shared: int) -> str:
+    return f"warning: {shared} test images are in the training set, too"
 
 
 def by_question(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ from openjepa.engine.whole import new_folder, refuse_full, refuse_unwritable
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate import finetune as method
 from openjepa.evaluate import suite
-from openjepa.evaluate.features import Images
+from openjepa.evaluate.features import Images, contents
 from openjepa.evaluate.scores import accuracy
 from openjepa.evaluate.subjects import tasks
 from openjepa.models.encoder import Encoder
@@ -73,6 +73,8 @@ def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> 
         raise UserError(f"which labels? --task, one of {', '.join(task.name for task in found)}")
     (task,) = found
     labels, expected = task.labels
+    if shared := int(np.isin(contents(bench.test), contents(bench.train)).sum()):
+        console.print(suite.in_both(shared), style="yellow", highlight=False)
     start = time.perf_counter()
     encoder.to(device)
     model = method.finetune(
