@@ -156,7 +156,7 @@ def test_sets_by_name_are_kept_apart(run, root):
     ] * 3
 
 
-def test_answers_that_came_before_a_failure_are_kept(run, root, folder, monkeypatch):
+def test_answers_that_came_before_a_failure_are_kept(run, folder, monkeypatch, capsys):
     def fails(*_: object) -> list:
         raise UserError("it cannot be")
 
@@ -165,6 +165,7 @@ def test_answers_that_came_before_a_failure_are_kept(run, root, folder, monkeypa
         asked(run, {}, train=str(folder), test=str(folder))
     kept = json.loads((run / "evaluation.json").read_text())["results"]
     assert [(r["of"], r["protocol"]) for r in kept] == [("pretrained", "knn")]
+    assert "knn" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- tasks, ranks, protocols without a test file of their own

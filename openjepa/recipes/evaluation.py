@@ -72,7 +72,7 @@ class Part:
 def evaluate(question: Question, values: Mapping[str, str], console: Console) -> Path:
     """Ask, print the tables, keep every answer in evaluation.json as it comes. values: --linear.epochs and the like.
 
-    Returns the file. Raises UserError; in a suite, what one of its parts raises is said, and the others go on.
+    Returns the file. Raises UserError, once what was answered by then is shown; in a suite it is said, and the others go on.
     """
     start = time.perf_counter()
     parts, skipped = planned(question)
@@ -90,6 +90,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     precision = pick_precision(question.precision or about["precision"], device := pick_device(question.device))
     command = shlex.join(["openjepa", *sys.argv[1:]])
     records: list[dict[str, Any]] = []
+    failure: UserError | None = None
     for part in parts:
         try:
             bench = laid(question, part, encoder, size, device, precision)
@@ -101,7 +102,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
                 write(folder, records, skipped)
         except UserError as error:
             if not question.suite:
-                raise
+                failure = error
+                break
             skipped[f"{part.data.name}: {', '.join(part.protocols)}"] = str(error)
     seconds = time.perf_counter() - start
     if parallel.launched()[0] > 0:
@@ -109,6 +111,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
     for test in dict.fromkeys(r["test"] for r in records):
         console.print(suite.table([r for r in records if r["test"] == test], f"{of}, {test}"))
+    if failure:
+        raise failure  # after what was answered before it
     for what, reason in skipped.items():
         console.print(f"skipped {what}: {reason}", style="yellow", highlight=False, soft_wrap=True)
     if not records:
