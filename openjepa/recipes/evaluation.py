@@ -106,7 +106,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
                 break
             skipped[f"{part.data.name}: {', '.join(part.protocols)}"] = str(error)
     seconds = time.perf_counter() - start
-    if parallel.launched()[0] > 0:
+    if parallel.launched()[0] > 0 and not failure:
         return folder / FILE
     of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
     for test in dict.fromkeys(r["test"] for r in records):
