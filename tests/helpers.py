@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
+from openjepa import cli
 from openjepa.convert import formats
 from openjepa.convert.names import Told
 from openjepa.recipes.exchange import import_weights
 from openjepa.recipes.recipe import Recipe
 
 HEADS = Told(heads=2)  # of the tiny model, whose width no known size has
+
+
+def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """A command of openjepa: its exit status, and what it said."""
+    monkeypatch.setattr(sys, "argv", ["openjepa", *words])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def refused(monkeypatch, capsys, *words: str) -> str:
+    """The one line that a command refuses a mistake with."""
+    status, _, error = command(monkeypatch, capsys, *words)
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    return error
 
 
 def images(count: int, height: int, width: int) -> torch.Tensor:

@@ -15,7 +15,8 @@ from PIL import Image
 from openjepa.data import decode as decode_module
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment, centre_crop, random_resized_crop
 from openjepa.data.decode import BadImage, decode
-from openjepa.data.sources import Source, expand_braces, open_source
+from openjepa.data.shards import expand_braces
+from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import DataConfig, Steps, batches
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig

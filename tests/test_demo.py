@@ -1,15 +1,14 @@
 """Claims about the two commands that need no data: the demo goes from nothing to a page, the measurements print."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 
-from openjepa import cli
 from openjepa.bench import parts
 from openjepa.evaluate import linear, protocols
 from openjepa.recipes import demo
+from tests.helpers import command
 
 
 @pytest.fixture
@@ -26,9 +25,7 @@ def small(monkeypatch, tiny, tmp_path):
 
 def test_the_demo_scores_four_tasks_against_both_controls_and_draws(small, monkeypatch, capsys, tmp_path):
     out = tmp_path / "demo"
-    monkeypatch.setattr(sys, "argv", ["openjepa", "demo", "--out", str(out), "--seed", "3"])
-    cli.main()
-    printed = capsys.readouterr().out
+    _, printed, _ = command(monkeypatch, capsys, "demo", "--out", str(out), "--seed", "3")
     assert "next: openjepa pretrain" in printed
     results = json.loads((out / "evaluation.json").read_text())["results"]
     of = {"pretrained", "random weights", "raw pixels"}
@@ -47,14 +44,10 @@ def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):
     monkeypatch.setattr(
         parts, "BENCHES", parts.BENCHES | {"masks": lambda: [{"masks": "multiblock", "images_per_s": 2.0}]}
     )
-    monkeypatch.setattr(sys, "argv", ["openjepa", "bench", "masks", "--json"])
-    cli.main()
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(command(monkeypatch, capsys, "bench", "masks", "--json")[1])
     assert printed["rows"] == [{"masks": "multiblock", "images_per_s": 2.0}]
     assert printed["environment"]["torch"]
-    monkeypatch.setattr(sys, "argv", ["openjepa", "bench", "masks"])
-    cli.main()
-    assert "images_per_s" in capsys.readouterr().out
+    assert "images_per_s" in command(monkeypatch, capsys, "bench", "masks")[1]
 
 
 def test_both_kinds_of_context_are_measured_on_the_same_steps():

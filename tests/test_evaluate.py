@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from openjepa import cli
 from openjepa.data.sources import Source, open_source
 from openjepa.errors import UserError
 from openjepa.evaluate import features, suite
@@ -22,6 +20,7 @@ from openjepa.evaluate.views import ViewFeed
 from openjepa.recipes import evaluation
 from openjepa.recipes.evaluation import Question
 from openjepa.recipes.pretrain import random_encoder
+from tests.helpers import refused
 
 QUIET = Console(quiet=True)
 VIEW = View((32, 32))
@@ -331,14 +330,8 @@ def test_the_command_line_says_mistakes_in_one_line(run, folder, monkeypatch, ca
         (["--protocols", "knn,"], "unknown protocol ''"),
         (["--test", "nowhere"], "no such file"),
     ):
-        argv = ["openjepa", "evaluate", str(run), "--train", str(folder), "--test", str(folder), "--protocols", "knn"]
-        monkeypatch.setattr(sys, "argv", [*argv, *words])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2
-        error = capsys.readouterr().err
-        assert says in error
-        assert len(error.splitlines()) == 1
+        argv = ["evaluate", str(run), "--train", str(folder), "--test", str(folder), "--protocols", "knn"]
+        assert says in refused(monkeypatch, capsys, *argv, *words)
 
 
 def test_a_damaged_file_of_answers_is_named(run, folder):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from timm.data.mixup import Mixup
 from timm.optim import param_groups_layer_decay
 
 import openjepa
-from openjepa import cli
 from openjepa.data.sources import Source, open_source
 from openjepa.errors import UserError
 from openjepa.evaluate import finetune as method
@@ -29,7 +27,7 @@ from openjepa.evaluate.finetune import Classifier, Distorted, FinetuneConfig, la
 from openjepa.evaluate.lowshot import LowShotConfig
 from openjepa.models.vit import ViT, ViTConfig
 from openjepa.recipes.pretrain import random_encoder
-from tests.helpers import images, same
+from tests.helpers import command, images, refused, same
 
 VIEW = View((32, 32))
 SHORT = FinetuneConfig(epochs=4, batch_size=8, lr=2e-3, warmup_epochs=1)
@@ -164,17 +162,6 @@ def test_recipes_are_the_papers():
 # ---------------------------------------------------------------- the command
 
 
-def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["openjepa", *words])
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 def test_a_classifier_is_kept_and_loads(trained, folder, tmp_path, monkeypatch, capsys):
     words = ["finetune", str(trained), "--train", str(folder), "--test", str(folder), "--out", str(tmp_path / "c")]
     short = [
@@ -227,10 +214,7 @@ def test_a_classifier_is_kept_and_loads(trained, folder, tmp_path, monkeypatch, 
 )
 def test_mistakes_get_one_line_and_leave_nothing(trained, folder, tmp_path, monkeypatch, capsys, words, says):
     given = ["--train", str(folder), "--test", str(folder), "--out", str(tmp_path / "c")]
-    status, _, errors = command(monkeypatch, capsys, "finetune", str(trained), *given, *words)
-    assert status == 2
-    assert says in errors
-    assert len(errors.strip().splitlines()) == 1
+    assert says in refused(monkeypatch, capsys, "finetune", str(trained), *given, *words)
     assert not (tmp_path / "c").exists()
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -101,7 +102,7 @@ class Variant:
                 method.after_step(0.996)
             times.append(now(device))
         self.seconds.append(times[-1] - times[0])
-        for part, start, end in zip(PARTS, times, times[1:], strict=False):
+        for part, (start, end) in zip(PARTS, pairwise(times), strict=True):
             self.parts[part].append(end - start)
 
 

@@ -208,6 +208,11 @@ def short_hash(about: Any) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
+def array_hash(*arrays: np.ndarray) -> str:
+    """Of what arrays of numbers hold."""
+    return hashlib.blake2b(b"|".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
+
+
 @torch.no_grad()
 def extract(extractor: Extractor, images: Images, workers: int = 0) -> Tensor:
     """Features of some images at once, without a store. float32 [n, layers, D]."""

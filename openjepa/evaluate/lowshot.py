@@ -74,7 +74,8 @@ RECIPES = {
 def draws(config: LowShotConfig, source: Source, labels: Tensor, seed: int) -> list[np.ndarray]:
     """The rows of each draw, sorted. Raises UserError for lists that name images the source does not have."""
     if config.lists:
-        return [listed(Path(file), numbered(source)) for file in config.lists]
+        number = numbered(source)
+        return [listed(Path(file), number) for file in config.lists]
     return [drawn(config, labels.numpy(), seed, draw) for draw in range(config.draws)]
 
 
@@ -123,7 +124,7 @@ def logistic(config: LowShotConfig, train: Features, labels: Tensor, rows: np.nd
              test: Features) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """Choose feature set and C within the few labels, fit on all of them, predict the test set once.
 
-    Returns int64 [m] and the choice, whose validation accuracy is None where a class has one label alone.
+    Returns int64 [m] and the choice, whose validation accuracy is None where every class has one label alone.
     """
     y = labels[rows].numpy()
     if len(np.unique(y)) < 2:

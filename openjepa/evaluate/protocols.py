@@ -29,7 +29,7 @@ class Asked:
     """A protocol with its values.
 
     run: from a subject, a task and the bench to answers. kind: of the tasks that it is asked about. pixels: whether raw
-    pixels can be asked, too.
+    pixels can be asked, too. changed: the values that are not those of its name, such as per_class 10.
     """
 
     name: str
@@ -37,20 +37,7 @@ class Asked:
     run: Callable[[Any, Subject, Task, Bench], list[Answer]]
     kind: Kind = "class"
     pixels: bool = True
-
-    @property
-    def changed(self) -> str:
-        """Its values that are not those of its name: per_class 10, draws 1."""
-        own, mine = (flat(asdict(config)) for config in (PROTOCOLS[self.name].config, self.config))
-        return ", ".join(f"{key} {value}" for key, value in mine.items() if own[key] != value)
-
-
-def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """{"finetune": {"lr": 1}} to {"finetune.lr": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= {f"{key}.{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {key: value}
-    return found
+    changed: str = ""
 
 
 # ---------------------------------------------------------------- classes

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from openjepa.data.sources import Source
 from openjepa.errors import UserError, nearest
-from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, PixelFeatures, View, short_hash, stored
+from openjepa.evaluate.features import (
+    EncoderFeatures,
+    Extractor,
+    Features,
+    PixelFeatures,
+    View,
+    array_hash,
+    short_hash,
+    stored,
+)
 from openjepa.evaluate.patches import PatchFeed
 from openjepa.evaluate.views import Maps
 from openjepa.models.encoder import Encoder
@@ -95,8 +104,9 @@ class Subject:
     @cached_property
     def contents(self) -> str:
         """A hash of all images of both sets, by their contents."""
-        return short_hash([features.hashes.tolist() for features in (self.train, self.test)])
+        return array_hash(self.train.hashes, self.test.hashes)
 
+    @cached_property
     def shared_images(self) -> int:
         """Test images whose contents are in the training set, too."""
         return int(np.isin(self.test.hashes, self.train.hashes).sum())
@@ -117,7 +127,7 @@ class Task:
     @cached_property
     def identity(self) -> str:
         """A hash of its name, its classes, and all answers: of maps some, and when their files changed."""
-        both = [a.fingerprint() if isinstance(a, Maps) else a.tolist() for a in (self.train, self.test)]
+        both = [a.fingerprint() if isinstance(a, Maps) else array_hash(a.numpy()) for a in (self.train, self.test)]
         return short_hash([self.name, self.classes, *both])
 
     @property

@@ -53,8 +53,7 @@ def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Ask
                         "seed": bench.seed,
                     }
                 )
-                both = subject.shared_images()
-                shared = max(shared, both)
+                shared = max(shared, subject.shared_images)
                 if question in before:
                     reused += 1
                     yield before[question]
@@ -67,7 +66,7 @@ def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Ask
                     "changed": protocol.changed,
                     "of": name,
                     "view": {"size": bench.view.size, "share": bench.view.share, "squash": bench.view.squash},
-                    "images": {"train": len(bench.train), "test": len(bench.test), "shared": both},
+                    "images": {"train": len(bench.train), "test": len(bench.test), "shared": subject.shared_images},
                     "classes": task.classes,
                     "config": asdict(protocol.config),
                     "question": question,

@@ -91,8 +91,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike, or for the last tokens alone, [B, last, D]."""
+        """x: [B, N, D], or [total, D] with `ragged`. Returned alike; or, not packed, for the last tokens alone, [B, last, D]."""
         if last is not None:
+            assert ragged is None
             return self.of_last(x, last)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
         if ragged is None:
@@ -178,7 +179,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike, or for the last tokens alone, [B, last, D]."""
+        """x: [B, N, D], or [total, D] with `ragged`. Returned alike; or, not packed, for the last tokens alone, [B, last, D]."""
         kept = x if last is None else x[:, -last:]
         x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), ragged, last)), ragged)
         return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), ragged))

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
-from openjepa.recipes.recipe import from_dict, nested
+from openjepa.recipes.recipe import flat, from_dict, nested
 from openjepa.recipes.suites import SUITES, Found, find
 
 FILE = "evaluation.json"
@@ -197,22 +197,22 @@ def asked(names: Sequence[str], values: Mapping[str, str]) -> list[Asked]:
             choices = ", ".join(PROTOCOLS)
             raise UserError(f"unknown protocol '{name}': one of {choices}{nearest(name, PROTOCOLS)}")
     kinds = {name: name.partition(":")[0] for name in names}
-    trees = nested(values)
-    own = {
-        kind: {f.name for p in names if kinds[p] == kind for f in fields(PROTOCOLS[p].config)}
-        for kind in kinds.values()
-    }
     for path in values:
         if path.partition(".")[0] not in kinds.values() or "." not in path:
             raise UserError(f"--{path} belongs to none of the protocols asked for: {', '.join(names)}")
-    protocols = [PROTOCOLS[name] for name in dict.fromkeys(names)]
-    changed = []
-    for p in protocols:
-        kind = kinds[p.name]
-        others = own[kind] - {f.name for f in fields(p.config)}  # keys of another protocol of its kind
-        mine = {key: value for key, value in trees.get(kind, {}).items() if key not in others}
-        changed.append(replace(p, config=from_dict(type(p.config), mine, kind, base=p.config)))
-    return changed
+    trees = nested(values)
+    return [with_values(PROTOCOLS[name], trees.get(kind, {}), kind, names) for name, kind in kinds.items()]
+
+
+def with_values(protocol: Asked, tree: Mapping[str, Any], kind: str, names: Sequence[str]) -> Asked:
+    """A protocol with other values; those of another one of its kind that is asked, too, are left to that. Raises UserError."""
+    own = {f.name for f in fields(protocol.config)}
+    alike = {f.name for name in names if name.partition(":")[0] == kind for f in fields(PROTOCOLS[name].config)}
+    mine = {key: value for key, value in tree.items() if key in own or key not in alike}
+    config = from_dict(type(protocol.config), mine, kind, base=protocol.config)
+    before, after = flat(asdict(protocol.config)), flat(asdict(config))
+    changed = ", ".join(f"{key} {value}" for key, value in after.items() if before[key] != value)
+    return replace(protocol, config=config, changed=changed)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

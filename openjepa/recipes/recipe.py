@@ -197,13 +197,14 @@ def parse(path: str, text: str) -> Any:
         raise UserError(f"--{path} {text}: not a value") from error
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1e-3}} to {"optim.lr": 1e-3}."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields that would change the result of a run, as `optim.lr: 0.001 -> 0.0005`."""
-
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {path: value}
-        return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
-
     a, b = flat(asdict(old)), flat(asdict(new))
     return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(CHANGES_NO_RESULT)]
