@@ -159,13 +159,14 @@ def confusion_figure(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
-    """A row of bars a task: each class's own score, the best first; a few of many classes are named."""
+    """A row of bars a task: each class's own score; many classes are sorted, the best and the worst named."""
     figure = Figure(figsize=(7.6, 2.3 * len(records)), layout="constrained")
     for axis, record in zip(np.atleast_1d(figure.subplots(len(records), 1)), records, strict=True):
         known = [
             (s, c) for s, c in zip(record["details"]["per_class"], record["classes"], strict=True) if s is not None
         ]
-        known.sort(key=lambda entry: -entry[0])
+        if len(known) > 24:
+            known.sort(key=lambda entry: -entry[0])
         axis.bar(range(len(known)), [100 * share for share, _ in known], 0.8, color=BLUE)
         if len(known) <= 24:
             axis.set_xticks(
