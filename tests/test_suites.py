@@ -137,6 +137,15 @@ def test_the_paper_is_asked_as_far_as_the_data_goes_and_the_rest_is_named(run, r
     assert capsys.readouterr().out.count("answers were there already") == 6
 
 
+def test_values_may_be_of_rows_that_the_data_does_not_reach(run, root, monkeypatch):
+    monkeypatch.setattr(suites, "SCENES", ("scenes:40", "scenes:40-60"))
+    shutil.rmtree(root / "ILSVRC2012")
+    found = asked(run, QUICK, suite="paper", root=root, image_size=(16, 16))
+    assert "imagenet: finetune:full" in found["skipped"]
+    with pytest.raises(UserError, match="--dense.epochs belongs to none"):
+        asked(run, {"dense.epochs": "1"}, suite="paper", root=root)
+
+
 def test_what_fails_in_a_suite_is_said_and_the_others_go_on(run, root, folder, monkeypatch):
     monkeypatch.setitem(
         suites.SUITES, "two", [suites.Row("", "broken", ("knn",)), suites.Row("", "cifar100", ("knn",))]

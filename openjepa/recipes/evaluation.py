@@ -76,7 +76,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     """
     start = time.perf_counter()
     parts, skipped = planned(question)
-    protocols = {p.name: p for p in asked(list(dict.fromkeys(n for part in parts for n in part.protocols)), values)}
+    wanted = [*parts, *SUITES.get(question.suite or "", [])]  # a suite's rows whose data are missing, too
+    protocols = {p.name: p for p in asked(list(dict.fromkeys(n for row in wanted for n in row.protocols)), values)}
     encoder, control, about = subjects(question)
     folder = question.out or (about["run"] if about["run"] else None)
     if folder is None:
