@@ -142,7 +142,7 @@ def test_values_may_be_of_rows_that_the_data_does_not_reach(run, root, monkeypat
     shutil.rmtree(root / "ILSVRC2012")
     found = asked(run, QUICK, suite="paper", root=root, image_size=(16, 16))
     assert "imagenet: finetune:full" in found["skipped"]
-    with pytest.raises(UserError, match="--dense.epochs belongs to none"):
+    with pytest.raises(UserError, match=r"--dense\.epochs belongs to none"):
         asked(run, {"dense.epochs": "1"}, suite="paper", root=root)
 
 

@@ -30,7 +30,7 @@ from openjepa.models.vit import ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
 from openjepa.recipes.recipe import flat, from_dict, nested
-from openjepa.recipes.suites import SUITES, Found, find
+from openjepa.recipes.suites import SUITES, Found, Row, find
 
 FILE = "evaluation.json"
 PLACE = ("train", "test", "network", "view", "task", "protocol", "of", "metric")  # what a table tells answers apart by
@@ -76,8 +76,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     """
     start = time.perf_counter()
     parts, skipped = planned(question)
-    wanted = [*parts, *SUITES.get(question.suite or "", [])]  # a suite's rows whose data are missing, too
-    protocols = {p.name: p for p in asked(list(dict.fromkeys(n for row in wanted for n in row.protocols)), values)}
+    rows: list[Part | Row] = [*SUITES[question.suite]] if question.suite else [*parts]  # those without data, too
+    protocols = {p.name: p for p in asked(list(dict.fromkeys(n for row in rows for n in row.protocols)), values)}
     encoder, control, about = subjects(question)
     folder = question.out or (about["run"] if about["run"] else None)
     if folder is None:
