@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -135,7 +136,7 @@ def shown(value: float, metric: str) -> str:
 def table(records: Sequence[dict[str, Any]], title: str) -> Table:
     """Every subject beside its controls, 95 % intervals over the test set."""
     subjects, lines = rows(records)
-    out = Table(title=title)
+    out = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("task", "protocol", "metric"):
         out.add_column(heading, overflow="fold")
     for heading in subjects:
