@@ -114,6 +114,30 @@ def test_blocks_are_predicted_apart():
     assert torch.allclose(predictor(context, visible, targets)[:, 1:2], alone, atol=1e-5)
 
 
+def test_a_shared_context_is_a_mask_on_who_sees_whom():
+    """One sequence, context first: all see the context, and mask tokens those of their block."""
+    config, (k, m, t) = tiny_config(), (6, 3, 4)
+    predictor = awake(Predictor(PredictorConfig(width=16, depth=3, context="shared"), config))
+    context, visible = torch.randn(2, k, 24), torch.stack([torch.randperm(48)[:k] for _ in range(2)])
+    targets = torch.randint(0, 48, (2, m, t))
+    block_of = torch.tensor([0] * k + [1 + i // t for i in range(m * t)])
+    sees = (block_of == 0) | (block_of[:, None] == block_of)
+    positions = predictor.get_buffer("positions")
+    seen = predictor.embed(context) + positions[visible]
+    x = torch.cat([seen, predictor.mask_token + positions[targets.flatten(1)]], dim=1)
+    for block in predictor.blocks:
+        q, k_, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, config.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = layers.plain_attention(q, k_, v, sees).transpose(1, 2).flatten(-2)
+        x = x + block.attn.proj(attended)
+        x = x + block.mlp(block.norm2(x))
+    expected = predictor.proj(predictor.norm(x[:, k:])).unflatten(1, (m, t))
+    got = predictor(context, visible, targets)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    joint = awake(Predictor(PredictorConfig(width=16, depth=3), config))
+    joint.load_state_dict(predictor.state_dict())
+    assert not torch.allclose(joint(context, visible, targets), got, atol=1e-3)  # the paper's context sees its block
+
+
 def test_the_final_block_of_the_predictor_asks_for_its_targets_alone():
     """Outputs and every gradient are those of the whole block, whose context tokens nobody looks at."""
     block = layers.Block(24, 2).double()

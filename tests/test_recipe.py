@@ -45,6 +45,7 @@ def test_recipes_survive_yaml(name):
         ({"data.batch_size": "9", "optim.accumulate": "2"}, "divisible"),
         ({"model.channels": "1"}, "data.mean has 3 numbers"),
         ({"masking.context": "packed", "model.registers": "2"}, "does not go with"),
+        ({"masking.context": "packed", "predictor.context": "shared"}, "does not go with predictor.context"),
         ({"seed": "-1"}, "seed"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"optim.lr": ".nan"}, "expected a finite number"),

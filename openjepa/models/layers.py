@@ -36,14 +36,27 @@ class Ragged:
         return torch.nonzero_static(self.mask.flatten(), size=self.total)[:, 0]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Shared:
+    """How a sequence [B, K + M*T, D] is read: K context tokens see each other, the T tokens of a block see them and their own."""
+
+    context: int  # K
+    blocks: int  # M
+
+
+Layout = Ragged | Shared | None  # who attends to whom; None: all tokens of a sequence to all
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout = None) -> Tensor:
     """softmax(q k' / sqrt(d)) v by the fastest exact kernel for the device, dtype and length.
 
-    Dense: q, k, v [B, heads, N, d], returned alike. Ragged: [total, heads, d], each sequence attending to itself.
+    q, k, v: [B, heads, N, d], returned alike; or, Ragged, [total, heads, d]. q may be of the last tokens alone, unless Ragged.
     The choice is measured by `openjepa bench attention` (docs/performance.md).
     """
-    if ragged is not None:
-        return ragged_attention(q, k, v, ragged)
+    if isinstance(layout, Ragged):
+        return ragged_attention(q, k, v, layout)
+    if isinstance(layout, Shared):
+        return shared_attention(q, k, v, layout)
     if q.device.type == "cpu" and short(q):
         return plain_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
@@ -79,6 +92,27 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
     return ragged.pack(out.transpose(1, 2))
 
 
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:
+    """q: [B, heads, K + M*T, d], or [B, heads, M*T, d] of the blocks alone, their keys and values whole. Returned alike."""
+    context, m = shared.context, shared.blocks
+    seen = q.shape[2] - (k.shape[2] - context)  # queries that are the context's
+
+    def by_block(x: Tensor) -> Tensor:
+        """[B, heads, M*T, d] to [B*M, heads, T, d]."""
+        return x.unflatten(2, (m, -1)).transpose(1, 2).flatten(0, 1)
+
+    def with_context(x: Tensor) -> Tensor:
+        """[B, heads, K + M*T, d] to [B*M, heads, K + T, d]."""
+        copies = x[:, :, :context].unsqueeze(1).expand(-1, m, -1, -1, -1).flatten(0, 1)
+        return torch.cat([copies, by_block(x[:, :, context:])], dim=2)
+
+    asked = attention(by_block(q[:, :, seen:]), with_context(k), with_context(v))
+    asked = asked.unflatten(0, (-1, m)).transpose(1, 2).flatten(2, 3)
+    if not seen:
+        return asked
+    return torch.cat([attention(q[:, :, :seen], k[:, :, :context], v[:, :, :context]), asked], dim=2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values."""
 
@@ -90,28 +124,28 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike; or, not packed, for the last tokens alone, [B, last, D]."""
+    def forward(self, x: Tensor, layout: Layout = None, last: int | None = None) -> Tensor:
+        """x: [B, N, D], or [total, D] if Ragged. Returned alike; or, not Ragged, for the last tokens alone, [B, last, D]."""
         if last is not None:
-            assert ragged is None
-            return self.of_last(x, last)
+            return self.of_last(x, layout, last)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if ragged is None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
-        else:
+        if isinstance(layout, Ragged):
             q, k, v = qkv.unbind(1)  # each [total, heads, d]
-        out = attention(self.q_norm(q), self.k_norm(k), v, ragged)
-        if ragged is None:
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, d]
+        out = attention(self.q_norm(q), self.k_norm(k), v, layout)
+        if not isinstance(layout, Ragged):
             out = out.transpose(1, 2)
         return cast(Tensor, self.proj(out.flatten(-2)))
 
-    def of_last(self, x: Tensor, last: int) -> Tensor:
+    def of_last(self, x: Tensor, layout: Layout, last: int) -> Tensor:
         """Queries of the last tokens, keys and values of all."""
+        assert not isinstance(layout, Ragged)
         d = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, -last:], weight[:d], bias[:d]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = F.linear(x, weight[d:], bias[d:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attention(self.q_norm(q), self.k_norm(k), v)
+        out = attention(self.q_norm(q), self.k_norm(k), v, layout)
         return cast(Tensor, self.proj(out.transpose(1, 2).flatten(-2)))
 
 
@@ -146,13 +180,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, ragged: Ragged | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        sequences = len(x) if ragged is None else len(ragged.mask)
+        sequences = len(layout.mask) if isinstance(layout, Ragged) else len(x)
         keep = (torch.rand(sequences, 1, 1, device=x.device) >= self.rate) / (1 - self.rate)
-        if ragged is not None:
-            keep = ragged.pack(keep.expand(-1, ragged.mask.shape[1], 1))
+        if isinstance(layout, Ragged):
+            keep = layout.pack(keep.expand(-1, layout.mask.shape[1], 1))
         return x * keep.to(x.dtype)
 
 
@@ -178,11 +212,11 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, ragged: Ragged | None = None, last: int | None = None) -> Tensor:
-        """x: [B, N, D], or [total, D] with `ragged`. Returned alike; or, not packed, for the last tokens alone, [B, last, D]."""
+    def forward(self, x: Tensor, layout: Layout = None, last: int | None = None) -> Tensor:
+        """x: [B, N, D], or [total, D] if Ragged. Returned alike; or, not Ragged, for the last tokens alone, [B, last, D]."""
         kept = x if last is None else x[:, -last:]
-        x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), ragged, last)), ragged)
-        return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), ragged))
+        x = kept + self.drop_path(self.ls1(self.attn(self.norm1(x), layout, last)), layout)
+        return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), layout))
 
 
 # ---------------------------------------------------------------- patches and positions

@@ -6,13 +6,13 @@ I-JEPA, section 3 "Prediction" and appendix A. B images, C contexts, K context p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from openjepa.errors import UserError
-from openjepa.models.layers import Block, Ragged, initialise, sincos_positions
+from openjepa.models.layers import Block, Layout, Ragged, Shared, initialise, sincos_positions
 from openjepa.models.vit import ViTConfig
 
 
@@ -23,6 +23,7 @@ class PredictorConfig:
     width: int = 384
     depth: int = 6
     heads: int | None = None
+    context: Literal["each", "shared"] = "each"  # its tokens computed anew for each block (the paper), or once for all
 
     def __post_init__(self) -> None:
         if self.width < 4 or self.width % 4:
@@ -34,10 +35,14 @@ class PredictorConfig:
 
 
 class Predictor(nn.Module):
-    """Context tokens and one block's mask tokens in, that block's features out; one pass for each block."""
+    """Context tokens and one block's mask tokens in, that block's features out; one pass for each block.
+
+    `shared` context tokens see no mask tokens, so that one pass serves all blocks: K + M*T tokens instead of M*(K + T).
+    """
 
     def __init__(self, config: PredictorConfig, encoder: ViTConfig) -> None:
         super().__init__()
+        self.shared = config.context == "shared"
         heads = config.heads or encoder.n_heads
         if config.width % heads:
             raise UserError(
@@ -64,18 +69,21 @@ class Predictor(nn.Module):
         seen = self.embed(context)  # projected once, then shared by the M passes
         seen = ragged.pad(seen) if ragged is not None else seen
         seen = seen + positions[visible]  # [B, K, P]
-        seen = seen[:, None].expand(-1, m, -1, -1)
         asked = (self.mask_token + positions[targets]).to(seen.dtype)  # [B, M, T, P]
-        x = torch.cat([seen, asked], dim=2).flatten(0, 1)  # [B*M, K+T, P]
+        layout: Layout = None
+        if self.shared:
+            x, layout, last = torch.cat([seen, asked.flatten(1, 2)], dim=1), Shared(k, m), m * t  # [B, K + M*T, P]
+        else:
+            x, last = torch.cat([seen[:, None].expand(-1, m, -1, -1), asked], dim=2).flatten(0, 1), t  # [B*M, K + T, P]
         if ragged is not None:
-            ragged = with_targets(ragged, m, t)
+            layout = ragged = with_targets(ragged, m, t)
             x = ragged.pack(x)
         *blocks, final = self.blocks
         for block in blocks:
-            x = block(x, ragged)
-        x = final(x, last=t) if ragged is None else ragged.pad(final(x, ragged))[:, k:]  # the context has served
-        x = self.norm(x)
-        return cast(Tensor, self.proj(x)).unflatten(0, (b, m))
+            x = block(x, layout)
+        x = final(x, layout, last) if ragged is None else ragged.pad(final(x, ragged))[:, k:]  # the context has served
+        predicted: Tensor = self.proj(self.norm(x))
+        return predicted.reshape(b, m, t, -1)
 
 
 def with_targets(ragged: Ragged, m: int, t: int) -> Ragged:

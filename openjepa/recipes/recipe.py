@@ -67,6 +67,8 @@ class Recipe:
             raise UserError("masking.context 'packed' does not go with model.class_token or registers: use 'even'")
         if self.masking.context == "packed" and self.masking.contexts > 1:
             raise UserError("masking.context 'packed' takes one context block: set masking.contexts 1 or use 'even'")
+        if self.masking.context == "packed" and self.predictor.context == "shared":
+            raise UserError("masking.context 'packed' does not go with predictor.context 'shared': use 'even'")
         masking.check(self.masking, self.model.grid)
 
 
