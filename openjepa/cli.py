@@ -258,7 +258,9 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
 
-    p = commands.add_parser("bench", help="measure on this machine: masks, scenes, attention, context, probe, train")
+    p = commands.add_parser(
+        "bench", help="measure on this machine: masks, scenes, attention, context, probe, train, data"
+    )
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--json", action="store_true")
     return top

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,50 @@ def test_crops_are_antialiased_as_pillow_does():
     box = (13, 7, 101, 80)
     expected = np.asarray(image.crop(box).resize((20, 16), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(decode(encoded(image, "PNG"), lambda w, h: box, (16, 20)).astype(int) - expected).max() <= 1
+
+
+def photo(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height))
+    return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_plain_jpegs_are_what_pillow_makes_of_them(monkeypatch, channels, subsampling):
+    """To two levels of 255: torch's resize rounds between its two passes, Pillow's too, elsewhere."""
+    raw = encoded(photo(233, 170), "JPEG", quality=90, subsampling=subsampling)
+    for numbers in Draws(0, "x", np.arange(30)).uniform(NUMBERS):
+        crop = partial(augment, raw, AugmentConfig(), (64, 96), channels, numbers)
+        fast = crop()
+        with monkeypatch.context() as without:
+            without.setattr(decode_module, "plain_jpeg", lambda *_: None)
+            slow = crop()
+        assert fast.shape == slow.shape == (64, 96, channels)
+        difference = np.abs(fast.astype(int) - slow)
+        assert difference.max() <= 2
+        assert difference.mean() < 0.1
+
+
+def test_plain_jpegs_alone_take_the_fast_path():
+    def fast(raw: bytes, channels: int = 3) -> bool:
+        return decode_module.plain_jpeg(raw, lambda w, h: (1, 2, 40, 30), (16, 16), channels) is not None
+
+    image = photo(48, 40)
+    turned = Image.Exif()
+    turned[decode_module.ORIENTATION] = 6
+    upright = Image.Exif()
+    upright[decode_module.ORIENTATION] = 1
+    assert fast(encoded(image, "JPEG"))
+    assert fast(encoded(image, "JPEG"), channels=1)
+    assert fast(encoded(image.convert("L"), "JPEG"))
+    assert fast(encoded(image, "JPEG", exif=upright))
+    assert fast(encoded(image, "JPEG", progressive=True))
+    assert not fast(encoded(image, "JPEG", exif=turned))
+    assert not fast(encoded(image, "JPEG"), channels=4)
+    assert not fast(encoded(image.convert("CMYK"), "JPEG"))
+    assert not fast(encoded(image, "PNG"))
+    assert not fast(encoded(image, "JPEG")[:-200])
 
 
 def test_large_jpegs_shrink_while_decoding_without_visible_change():

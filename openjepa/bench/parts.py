@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from openjepa.bench.data import data
 from openjepa.bench.train import train
 from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast, pick_precision
@@ -144,4 +145,5 @@ BENCHES: dict[str, Callable[[], Rows]] = {
     "context": context,
     "probe": probe,
     "train": train,
+    "data": data,
 }

@@ -1,7 +1,8 @@
 """Encoded bytes to a uint8 crop: open the header, choose the crop, decode no more than it needs.
 
-One path for JPEG, PNG, WebP, BMP and TIFF, through Pillow. Transparency is laid on white, 16-bit images keep their
-high byte, EXIF orientation is obeyed, CMYK and palettes become RGB.
+Plain JPEGs are decoded by libjpeg-turbo into one array and resized by torch's antialiased kernel, at nearly twice Pillow's
+speed (`openjepa bench data`); all others, PNG, WebP, BMP, TIFF and odd JPEGs, by Pillow. Transparency is laid on white, 16-bit
+images keep their high byte, EXIF orientation is obeyed, CMYK and palettes become RGB.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import struct
 from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from openjepa.errors import first_line
@@ -22,6 +26,7 @@ Raw = bytes | Image.Image | np.ndarray
 MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
+JPEG_SPACES = {1: ("GRAY", ("YCbCr", "Gray")), 3: ("RGB", ("YCbCr", "RGB", "Gray"))}  # channels: asked for, of what
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -41,6 +46,10 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
+    bilinear = resample == Image.Resampling.BILINEAR
+    plain = plain_jpeg(raw, choose, size, channels) if bilinear and isinstance(raw, bytes) else None
+    if plain is not None:
+        return plain
     try:
         image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
@@ -66,6 +75,36 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     except DAMAGE as error:
         raise BadImage(first_line(error)) from error
     return pixels[..., None] if channels == 1 else pixels
+
+
+def plain_jpeg(
+    raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int
+) -> np.ndarray | None:
+    """As `decode` for an upright, undamaged JPEG whose crop lies on whole pixels; None where Pillow is to do it.
+
+    The decoded pixels are Pillow's own; resized ones differ from Pillow's by the rounding of two passes.
+    """
+    if not raw.startswith(b"\xff\xd8") or channels not in JPEG_SPACES:
+        return None
+    asked, known = JPEG_SPACES[channels]
+    try:
+        if b"Exif\0" in raw[:4096] and Image.open(io.BytesIO(raw)).getexif().get(ORIENTATION, 1) != 1:
+            return None
+        height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
+        if space not in known or width * height > MAX_PIXELS:
+            return None
+        box = choose(width, height)
+        shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
+        if shrink >= 4 or any(
+            side != int(side) for side in box
+        ):  # where Pillow lets the DCT shrink it, or cuts a pixel
+            return None
+        left, top, right, bottom = map(int, box)
+        pixels = np.ascontiguousarray(simplejpeg.decode_jpeg(raw, asked)[top:bottom, left:right])
+    except DAMAGE:  # Pillow takes some of it, and says what is wrong with the rest
+        return None
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, in and out: else torch transposes twice
+    return F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -1,0 +1,93 @@
+"""`openjepa bench data`: from the bytes of a photograph to a random crop, on one core, beside the usual ways."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from openjepa.data.augment import NUMBERS, AugmentConfig, augment
+from openjepa.data.scenes import render_range
+from openjepa.rng import Draws
+
+PHOTOS = 24
+SIZE = (390, 466)  # height, width: about ImageNet's
+CROP = (224, 224)
+
+
+def photographs() -> list[bytes]:
+    """JPEGs of rendered scenes with the grain of a camera, 4:2:0, quality 92."""
+    grain = Draws(0, "grain", np.arange(PHOTOS)).uniform(*SIZE, 3)
+    found = []
+    for image, noise in zip(render_range((0, 0, PHOTOS, SIZE)), grain, strict=True):
+        pixels = (image + 24 * (noise - 0.5)).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+        found.append(buffer.getvalue())
+    return found
+
+
+def data(repeats: int = 9) -> list[dict[str, Any]]:
+    """Decode and RandomResizedCrop(224, scale 0.3 to 1); the ways take turns on the same photographs."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms.v2 import RandomResizedCrop as RandomResizedCrop2
+
+    photos = photographs()
+    numbers = Draws(0, "augment", np.arange(PHOTOS)).uniform(NUMBERS)
+    pillow, tensors = RandomResizedCrop(CROP, scale=(0.3, 1.0)), RandomResizedCrop2(CROP, scale=(0.3, 1.0))
+
+    def with_pillow() -> None:
+        for photo in photos:
+            np.asarray(pillow(Image.open(io.BytesIO(photo)).convert("RGB")))
+
+    def with_torchvision() -> None:
+        for photo in photos:
+            tensors(decode_jpeg(torch.frombuffer(bytearray(photo), dtype=torch.uint8), ImageReadMode.RGB))
+
+    def ours() -> None:
+        for photo, drawn in zip(photos, numbers, strict=True):
+            augment(photo, AugmentConfig(), CROP, 3, drawn)
+
+    ways: dict[str, Callable[[], None]] = {
+        "Pillow + torchvision": with_pillow,
+        "torchvision.io + v2": with_torchvision,
+        "openjepa": ours,
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = in_turn(ways, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    first = median(seconds["Pillow + torchvision"])
+    return [
+        {
+            "way": name,
+            "images_per_s": PHOTOS / median(taken),
+            "over_pillow": first / median(taken),
+            "min_s": min(taken),
+            "median_s": median(taken),
+            "max_s": max(taken),
+            "kilobytes": float(np.mean([len(photo) for photo in photos])) / 1000,
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def in_turn(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every way, each run after the other so that what else the machine does meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if repeat:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
