@@ -147,12 +147,15 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.table import Table
 
     from openjepa.bench.parts import BENCHES
+    from openjepa.bench.peers import against
     from openjepa.engine.run import environment
 
     refuse(rest)
     if args.what not in BENCHES:
         raise UserError(f"unknown measurement '{args.what}': one of {', '.join(BENCHES)}{nearest(args.what, BENCHES)}")
-    rows = BENCHES[args.what]()
+    if args.against and args.what != "train":
+        raise UserError("--against goes with bench train")
+    rows = against(args.against) if args.against else BENCHES[args.what]()
     if args.json:
         print(json.dumps({"bench": args.what, "environment": environment(), "rows": rows}, indent=1))
         return
@@ -262,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="measure on this machine: masks, scenes, attention, context, probe, train, data"
     )
     p.add_argument("what", metavar="WHAT")
+    p.add_argument("--against", metavar="PEER", help="train: beside lightly's or stable-pretraining's I-JEPA module")
     p.add_argument("--json", action="store_true")
     return top
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from openjepa.bench import peers
 from openjepa.bench import train as bench
 from openjepa.bench.train import Case, as_released
 from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
+from tests.helpers import refused
 
 MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
 PREDICTOR = PredictorConfig(width=16, depth=2)
@@ -45,7 +47,7 @@ def test_work_is_that_of_the_matrix_products():
 def test_every_variant_takes_its_turn(monkeypatch):
     monkeypatch.setattr(bench, "CPU", (CASE,))
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(bench, "matrix_peak", lambda _: 1e12)
+    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
     rows = bench.train(steps=2, warmup=1)
     assert [row["variant"] for row in rows] == ["released", "float32", "bf16"]
     assert rows[0]["over_released"] == 1.0
@@ -53,3 +55,48 @@ def test_every_variant_takes_its_turn(monkeypatch):
         assert row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
         assert sum(row[f"{part}_s"] for part in bench.PARTS) == pytest.approx(row["median_s"], rel=0.5)
+
+
+def test_peers_take_their_turn_on_the_same_masks(monkeypatch):
+    monkeypatch.setattr(peers, "cases", lambda _: (CASE,))
+    seconds = peers.turn("openjepa", CASE, "fp32", steps=2, warmup=1)
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+    alternating = []
+    monkeypatch.setattr(peers, "version", lambda _: "9.9")
+    monkeypatch.setattr(
+        peers, "in_its_own_process", lambda who, *_: alternating.append(who) or [0.5 if who == "openjepa" else 1.0]
+    )
+    ours, theirs = peers.against("lightly")
+    assert alternating == ["openjepa", "lightly"] * peers.TURNS
+    assert (ours["over_lightly"], theirs["over_lightly"]) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("peer", ["lightly", "stable_pretraining"])
+def test_a_peers_module_learns(peer):
+    """The loss of the peer falls on one batch: what is timed is training."""
+    pytest.importorskip(peer)
+    torch.manual_seed(0)
+    module, step, follow = peers.PEERS[peer.replace("_", "-")](CASE)
+    images, masks = torch.randn(4, 3, 32, 32), sample(MaskingConfig(), MODEL.grid, 0, 0, np.arange(4))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = step(images, masks)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        follow()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_peer_that_is_not_here_is_said(monkeypatch, capsys):
+    assert "did you mean 'lightly'" in refused(monkeypatch, capsys, "bench", "train", "--against", "lightl")
+    assert "--against goes with bench train" in refused(monkeypatch, capsys, "bench", "masks", "--against", "lightly")
+    monkeypatch.setattr(peers, "version", absent)
+    assert "--group peers" in refused(monkeypatch, capsys, "bench", "train", "--against", "lightly")
+
+
+def absent(name: str) -> str:
+    raise ModuleNotFoundError(name)

@@ -58,6 +58,10 @@ CUDA = (
 )
 
 
+def cases(device: torch.device) -> tuple[Case, ...]:
+    return CUDA if device.type == "cuda" else CPU
+
+
 class Variant:
     """One way to take a step, with its own weights."""
 
@@ -109,9 +113,9 @@ class Variant:
 def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
     """Steps of every variant in turn."""
     device = pick_device("auto")
-    peak = matrix_peak(device)
+    peak = max(matrix_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
     rows = []
-    for case in CPU if device.type == "cpu" else CUDA:
+    for case in cases(device):
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
         masks = [m.to(device) for m in drawn]
@@ -136,7 +140,8 @@ def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
                     "median_s": taken,
                     "max_s": max(variant.seconds[warmup:]),
                     "gflop_per_image": work / 1e9,
-                    "share_of_bf16_peak": work * case.batch / taken / peak,
+                    "share_of_peak": work * case.batch / taken / peak,
+                    "peak_gflops": peak / 1e9,
                     **{f"{part}_s": median(times[warmup:]) for part, times in variant.parts.items()},
                     "context_tokens": float(np.mean([m.context.shape[-1] for m in drawn])),
                     "target_tokens": float(np.mean([m.targets.shape[-1] for m in drawn])),
@@ -160,10 +165,10 @@ def flops(method: IJEPA, images: Tensor, masks: list[Masks]) -> float:
     return float(np.mean(found))
 
 
-def matrix_peak(device: torch.device) -> float:
-    """Operations a second of the best of several bf16 matrix products."""
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the best of several matrix products."""
     side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(12):
         start = now(device)
