@@ -1,12 +1,15 @@
 """Claims about the training measurement: what is compared computes the same, and its work is counted from its shapes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from openjepa.bench import peers
 from openjepa.bench import train as bench
-from openjepa.bench.train import Case, as_released
+from openjepa.bench.train import PLAIN, Case, without
+from openjepa.engine.device import pick_precision
 from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.predictor import PredictorConfig
@@ -22,13 +25,12 @@ def test_the_released_way_computes_the_same():
     method, images = IJEPA(MODEL, PREDICTOR, LossConfig()), torch.randn(4, 3, 32, 32)
     masks = sample(MaskingConfig(), MODEL.grid, 0, 0, np.arange(4))
     ours = method(images, masks)["loss"]
-    with as_released():
+    with without([*PLAIN]):
         theirs = method(images, masks)["loss"]
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-6)
 
 
 def test_work_is_that_of_the_matrix_products():
-    method, images = IJEPA(MODEL, PREDICTOR, LossConfig()), torch.randn(4, 3, 32, 32)
     masks = sample(MaskingConfig(), MODEL.grid, 0, 0, np.arange(4))
     n, k, t, m = 64, masks.context.shape[-1], masks.targets.shape[-1], masks.targets.shape[1]
 
@@ -38,10 +40,20 @@ def test_work_is_that_of_the_matrix_products():
 
     patches, d, p = 3 * 4 * 4, 24, 16
     target = n * patches * d + 2 * block(n, n, d)
-    learning = 2 * block(k, k, d) + k * d * p + m * (block(k + t, k + t, p) + block(t, k + t, p) + t * p * d)
+    encoder = 2 * block(k, k, d) + k * d * p
+    learning = encoder + m * (block(k + t, k + t, p) + block(t, k + t, p) + t * p * d)
     first = k * patches * d  # images need no gradient: forward, and the weights' gradient
-    expected = 2 * 4 * (target + 3 * learning + 2 * first)
-    assert bench.flops(method, images, [masks]) == expected
+    assert bench.flops(CASE, [masks]) == 2 * (target + 3 * learning + 2 * first)
+
+    learning = encoder + m * (2 * block(k + t, k + t, p) + t * p * d)  # the final block whole, all patches embedded
+    assert bench.flops(CASE, [masks], [*PLAIN]) == 2 * (target + 3 * learning + 2 * n * patches * d)
+
+    s = k + m * t  # every token once
+    scores = 2 * p * m * t * (k + t)
+    shared = 12 * s * p * p + 2 * p * k * k + scores + (2 * s + 10 * m * t) * p * p + scores
+    learning = encoder + shared + m * t * p * d
+    cheaper = replace(CASE, predictor=replace(PREDICTOR, context="shared"))
+    assert bench.flops(cheaper, [masks]) == 2 * (target + 3 * learning + 2 * first)
 
 
 def test_every_variant_takes_its_turn(monkeypatch):
@@ -49,8 +61,11 @@ def test_every_variant_takes_its_turn(monkeypatch):
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
     rows = bench.train(steps=2, warmup=1)
-    assert [row["variant"] for row in rows] == ["released", "float32", "bf16"]
+    best = pick_precision("auto", torch.device("cpu"))
+    names = ["released", "float32", "bf16", f"compiled, {best}", f"shared context, {best}"]
+    assert [row["variant"] for row in rows] == names
     assert rows[0]["over_released"] == 1.0
+    assert rows[4]["gflop_per_image"] < rows[1]["gflop_per_image"]
     for row in rows:
         assert row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
@@ -70,6 +85,14 @@ def test_peers_take_their_turn_on_the_same_masks(monkeypatch):
     ours, theirs = peers.against("lightly")
     assert alternating == ["openjepa", "lightly"] * peers.TURNS
     assert (ours["over_lightly"], theirs["over_lightly"]) == (2.0, 1.0)
+
+
+def test_techniques_are_left_out_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(bench, "CPU", (CASE,))
+    monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(bench, "matrix_peak", lambda *_: 1e12)
+    rows = bench.techniques(steps=2, warmup=1)
+    assert [row["variant"] for row in rows] == ["openjepa", *(f"without {name}" for name in PLAIN)]
 
 
 @pytest.mark.parametrize("peer", ["lightly", "stable_pretraining"])

@@ -1,23 +1,23 @@
 """Claims about the method: the paper's order, the released numbers."""
 
+import numpy as np
 import pytest
 import torch
 
 from openjepa.masking import MaskingConfig, Masks, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.models.layers import compile_blocks
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 
 
-def make(**loss) -> IJEPA:
+def make(image: int = 32, context: str = "each", **loss) -> IJEPA:
     torch.manual_seed(0)
-    config = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
-    return IJEPA(config, PredictorConfig(width=16, depth=1), LossConfig(**loss))
+    config = ViTConfig(size="Ti", image_size=(image, image), patch_size=4, width=24, depth=2, heads=2)
+    return IJEPA(config, PredictorConfig(width=16, depth=2, context=context), LossConfig(**loss))
 
 
 def masks_of(**settings) -> Masks:
-    import numpy as np
-
     return sample(MaskingConfig(**settings), (8, 8), 0, 0, np.arange(4))
 
 
@@ -69,3 +69,30 @@ def test_several_contexts_average_their_losses():
     both = method(images, masks)["loss"].item()
     apart = [method(images, Masks(masks.context[:, c : c + 1], masks.targets))["loss"].item() for c in (0, 1)]
     assert both == pytest.approx(sum(apart) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("context", ["each", pytest.param("shared", marks=pytest.mark.slow)])
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(context):
+    """Masks of other sizes, step after step: no new graph after the second; losses and gradients are the plain ones."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    plain, compiled = make(48, context), make(48, context)
+    compile_blocks(compiled)
+    graphs, shapes = [], set()
+    for step in range(10):
+        masks = sample(MaskingConfig(), (12, 12), 0, step, np.arange(4))
+        images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(step))
+        shapes.add((masks.context.shape, masks.targets.shape))
+        losses = [method(images, masks)["loss"] for method in (plain, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+        for method, loss in zip((plain, compiled), losses, strict=True):
+            method.zero_grad()
+            loss.backward()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(shapes) >= 5
+    assert graphs[1] == graphs[-1] <= 8
+    assert list(compiled.state_dict()) == list(plain.state_dict())

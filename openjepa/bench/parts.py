@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from openjepa.bench.data import data
-from openjepa.bench.train import train
+from openjepa.bench.train import Rows, techniques, train
 from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
@@ -25,8 +25,6 @@ from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.layers import plain_attention
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
-
-Rows = list[dict[str, Any]]
 
 
 def seconds(call: Callable[[], Any], repeats: int = 15) -> dict[str, float]:
@@ -145,5 +143,6 @@ BENCHES: dict[str, Callable[[], Rows]] = {
     "context": context,
     "probe": probe,
     "train": train,
+    "techniques": techniques,
     "data": data,
 }

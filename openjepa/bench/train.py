@@ -6,9 +6,9 @@ Variants take turns on the same images and masks in one process, so that what el
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -21,15 +21,17 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.engine.train import gradient_norm
 from openjepa.masking import MaskingConfig, Masks, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models import layers
-from openjepa.models.layers import PatchEmbed, patchify, take
+from openjepa.models.layers import Block, Layout, PatchEmbed, Shared, compile_blocks, patchify, shared_attention, take
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
+
+Rows = list[dict[str, Any]]
 
 MASKS = 6  # batches of masks that take turns: block sizes differ from one to the next
 PARTS = ("target_encoder", "context_encoder", "predictor", "backward", "optimizer", "ema")
@@ -65,23 +67,25 @@ def cases(device: torch.device) -> tuple[Case, ...]:
 class Variant:
     """One way to take a step, with its own weights."""
 
-    def __init__(self, name: str, case: Case, device: torch.device, precision: str = "bf16") -> None:
-        self.name, self.released = name, name == "released"
+    def __init__(self, name: str, case: Case, device: torch.device, precision: Precision, *, plain: Sequence[str] = (),
+                 compiled: bool = False) -> None:  # fmt: skip
+        """plain: the techniques that it does without. compiled: its blocks, by torch.compile."""
+        self.name, self.case, self.plain = name, case, [*plain]
         torch.manual_seed(0)
         self.method = IJEPA(case.model, case.predictor, LossConfig()).to(device).train()
+        if compiled:
+            compile_blocks(self.method)
         self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
-        if self.released:
+        if "fused updates" in plain:
             self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
-        self.autocast: Callable[[], AbstractContextManager[Any]] = (
-            pick_autocast("bf16", device) if precision == "bf16" else nullcontext
-        )
+        self.autocast = pick_autocast(precision, device)
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def step(self, images: Tensor, masks: Masks, device: torch.device) -> None:
         """One whole step, timed by its parts."""
         method, times = self.method, [now(device)]
-        with as_released() if self.released else nullcontext():
+        with without(self.plain):
             with self.autocast():
                 features = method.target_encoder_features(images)
                 targets = method.targets(features, masks)
@@ -96,11 +100,10 @@ class Variant:
             self.optimizer.step()
             self.optimizer.zero_grad()
             times.append(now(device))
-            if self.released:
+            if "fused updates" in self.plain:
                 with torch.no_grad():
-                    for theirs, ours in zip(
-                        method.target_encoder.parameters(), method.encoder.parameters(), strict=True
-                    ):
+                    pairs = zip(method.target_encoder.parameters(), method.encoder.parameters(), strict=True)
+                    for theirs, ours in pairs:
                         theirs.mul_(0.996).add_(0.004 * ours)
             else:
                 method.after_step(0.996)
@@ -110,8 +113,38 @@ class Variant:
             self.parts[part].append(end - start)
 
 
-def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
-    """Steps of every variant in turn."""
+def train(steps: int = 18, warmup: int = 3) -> Rows:
+    """The released algorithm as it stands, ours in either precision, compiled, and with the cheaper predictor."""
+
+    def variants(case: Case, device: torch.device) -> list[Variant]:
+        best = pick_precision("auto", device)
+        shared = replace(case, predictor=replace(case.predictor, context="shared"))
+        return [
+            Variant("released", case, device, "fp32", plain=[*PLAIN]),
+            Variant("float32", case, device, "fp32"),
+            Variant("bf16", case, device, "bf16"),
+            Variant(f"compiled, {best}", case, device, best, compiled=True),
+            Variant(f"shared context, {best}", shared, device, best),
+        ]
+
+    return measured(variants, steps, warmup)
+
+
+def techniques(steps: int = 9, warmup: int = 2) -> Rows:
+    """What each technique brings: ours, and ours without one of them."""
+
+    def variants(case: Case, device: torch.device) -> list[Variant]:
+        best = pick_precision("auto", device)
+        return [
+            Variant("openjepa", case, device, best),
+            *(Variant(f"without {name}", case, device, best, plain=[name]) for name in PLAIN),
+        ]
+
+    return measured(variants, steps, warmup)
+
+
+def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int, warmup: int) -> Rows:
+    """Steps of every variant in turn, for every case of the device."""
     device = pick_device("auto")
     peak = max(matrix_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
     rows = []
@@ -119,30 +152,26 @@ def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
         masks = [m.to(device) for m in drawn]
-        variants = [
-            Variant("released", case, device, "fp32"),
-            Variant("float32", case, device, "fp32"),
-            Variant("bf16", case, device),
-        ]
-        work = flops(variants[-1].method, images, masks) / case.batch
+        ways = variants(case, device)
         for step in range(warmup + steps):
-            for variant in variants:
-                variant.step(images, masks[step % MASKS], device)
-        for variant in variants:
-            taken = median(variant.seconds[warmup:])
+            for way in ways:
+                way.step(images, masks[step % MASKS], device)
+        for way in ways:
+            taken = median(way.seconds[warmup:])
+            work = flops(way.case, masks, way.plain)
             rows.append(
                 {
                     "model": case.name,
-                    "variant": variant.name,
+                    "variant": way.name,
                     "images_per_s": case.batch / taken,
-                    "over_released": median(variants[0].seconds[warmup:]) / taken,
-                    "min_s": min(variant.seconds[warmup:]),
+                    f"over_{ways[0].name}": median(ways[0].seconds[warmup:]) / taken,
+                    "min_s": min(way.seconds[warmup:]),
                     "median_s": taken,
-                    "max_s": max(variant.seconds[warmup:]),
+                    "max_s": max(way.seconds[warmup:]),
                     "gflop_per_image": work / 1e9,
                     "share_of_peak": work * case.batch / taken / peak,
                     "peak_gflops": peak / 1e9,
-                    **{f"{part}_s": median(times[warmup:]) for part, times in variant.parts.items()},
+                    **{f"{part}_s": median(times[warmup:]) for part, times in way.parts.items()},
                     "context_tokens": float(np.mean([m.context.shape[-1] for m in drawn])),
                     "target_tokens": float(np.mean([m.targets.shape[-1] for m in drawn])),
                     "batch": case.batch,
@@ -151,17 +180,20 @@ def train(steps: int = 18, warmup: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
-def flops(method: IJEPA, images: Tensor, masks: list[Masks]) -> float:
-    """Of one step's matrix products, forward and backward, on the shapes that are run: the mean over masks.
+def flops(case: Case, masks: Sequence[Masks], plain: Sequence[str] = ()) -> float:
+    """Of one image's matrix products, forward and backward, on the shapes that are run: the mean over masks.
 
     What a kernel computes twice, such as attention's scores in its backward pass, counts once.
     """
-    found = []
+    method, images, found = (
+        IJEPA(case.model, case.predictor, LossConfig()),
+        torch.zeros(1, 3, *case.model.image_size),
+        [],
+    )
     for mask in masks:
-        with patch.object(layers, "attention", explicit), FlopCounterMode(display=False) as counter:
-            method(images[:2], mask.rows(slice(0, 2)))["loss"].backward()
-        method.zero_grad()
-        found.append(counter.get_total_flops() / 2 * len(images))
+        with without([*plain, "torch's attention"]), FlopCounterMode(display=False) as counter:
+            method(images, mask.rows(slice(0, 1)).to(images.device))["loss"].backward()
+        found.append(counter.get_total_flops())
     return float(np.mean(found))
 
 
@@ -186,7 +218,10 @@ def now(device: torch.device) -> float:
 # ---------------------------------------------------------------- the released algorithm as its notes describe it
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout = None) -> Tensor:
+    """Matrix products and a softmax, nothing fused."""
+    if isinstance(layout, Shared):
+        return shared_attention(q, k, v, layout)
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
@@ -196,10 +231,25 @@ def embeds_all(self: PatchEmbed, images: Tensor, visible: Tensor | None = None) 
     return tokens if visible is None else take(tokens, visible)
 
 
+def whole_block(self: Block, x: Tensor, layout: Layout = None, last: int | None = None) -> Tensor:
+    """The predictor's final block computes the context's tokens, too."""
+    x = block_forward(self, x, layout)
+    return x if last is None else x[:, -last:]
+
+
+block_forward = Block.forward
+PLAIN: dict[str, tuple[Any, str, Any] | None] = {  # a technique, and what stands in its place
+    "torch's attention": (layers, "attention", explicit),
+    "embedding the visible alone": (PatchEmbed, "forward", embeds_all),
+    "a final block of targets alone": (Block, "forward", whole_block),
+    "fused updates": None,  # of optimiser and target encoder: see Variant
+}
+
+
 @contextmanager
-def as_released() -> Iterator[None]:
-    """Explicit attention, embedding before masking."""
+def without(names: Sequence[str]) -> Iterator[None]:
+    """Some techniques replaced by the plain way."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(layers, "attention", explicit))
-        stack.enter_context(patch.object(PatchEmbed, "forward", embeds_all))
+        for place in filter(None, map(PLAIN.get, names)):
+            stack.enter_context(patch.object(*place))
         yield

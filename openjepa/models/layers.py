@@ -219,6 +219,16 @@ class Block(nn.Module):
         return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), layout))
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile every transformer block, in place: a graph for each kind of block, shared by all depths and token counts.
+
+    Masks change the token counts from step to step; nothing is compiled again for that.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+
+
 # ---------------------------------------------------------------- patches and positions
 
 

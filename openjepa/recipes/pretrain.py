@@ -27,6 +27,7 @@ from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
+from openjepa.models.layers import compile_blocks
 from openjepa.models.vit import ViT
 from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.rng import key, permutation
@@ -72,10 +73,11 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     )
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
-    call = torch.compile(method) if recipe.machine.compile else method
+    if recipe.machine.compile:
+        compile_blocks(method)
 
     def forward(batch: Batch) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = call(normalise(batch.images), batch.masks)
+        out: dict[str, Tensor] = method(normalise(batch.images), batch.masks)
         return out
 
     with run:
