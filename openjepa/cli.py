@@ -262,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?")
 
     p = commands.add_parser(
-        "bench", help="measure on this machine: masks, scenes, attention, context, probe, train, data"
+        "bench", help="measure on this machine: masks, data, train, evaluate, ... (an unknown name lists them)"
     )
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--against", metavar="PEER", help="train: beside lightly's or stable-pretraining's I-JEPA module")

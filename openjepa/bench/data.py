@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from openjepa.bench.clock import Rows, in_turn, spread
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
 from openjepa.data.scenes import render_range
 from openjepa.rng import Draws
@@ -33,7 +32,7 @@ def photographs() -> list[bytes]:
     return found
 
 
-def data(repeats: int = 9) -> list[dict[str, Any]]:
+def data(repeats: int = 9) -> Rows:
     """Decode and RandomResizedCrop(224, scale 0.3 to 1); the ways take turns on the same photographs."""
     from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms import RandomResizedCrop
@@ -72,22 +71,8 @@ def data(repeats: int = 9) -> list[dict[str, Any]]:
             "way": name,
             "images_per_s": PHOTOS / median(taken),
             "over_pillow": first / median(taken),
-            "min_s": min(taken),
-            "median_s": median(taken),
-            "max_s": max(taken),
+            **spread(taken),
             "kilobytes": float(np.mean([len(photo) for photo in photos])) / 1000,
         }
         for name, taken in seconds.items()
     ]
-
-
-def in_turn(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every way, each run after the other so that what else the machine does meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if repeat:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from openjepa.bench.clock import Rows, in_turn, rate, timed
+from openjepa.bench.cost import scaling, start
 from openjepa.bench.data import data
-from openjepa.bench.train import Rows, techniques, train
+from openjepa.bench.evaluate import evaluate
+from openjepa.bench.train import techniques, train
 from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
@@ -22,20 +24,9 @@ from openjepa.evaluate.features import Features
 from openjepa.evaluate.linear import RECIPES, Probe
 from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
-from openjepa.models.layers import plain_attention
+from openjepa.models.layers import Ragged, plain_attention, ragged_attention
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
-
-
-def seconds(call: Callable[[], Any], repeats: int = 15) -> dict[str, float]:
-    """Median, fastest and slowest of several calls, after two to warm up."""
-    call(), call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return {"median_s": median(times), "min_s": min(times), "max_s": max(times)}
 
 
 def masks() -> Rows:
@@ -44,7 +35,7 @@ def masks() -> Rows:
     for settings in ({}, {"context": "packed"}, {"strategy": "block"}, {"strategy": "rasterized"}, {"strategy": "random"},
                      {"behaviour": "released"}):  # fmt: skip
         config = MaskingConfig(**settings)  # type: ignore[arg-type]
-        times = seconds(partial(sample, config, (14, 14), 0, 0, np.arange(256)), 5)
+        times = timed(partial(sample, config, (14, 14), 0, 0, np.arange(256)), 5)
         rows.append({"masks": " ".join(settings.values()) or "multiblock even", **rate("images", 256, times)})
     return rows
 
@@ -53,13 +44,9 @@ def scenes() -> Rows:
     """Composed and rendered scenes on one core."""
     sizes = ((64, 50), (128, 20), (224, 8))
     return [
-        {"size_px": size, **rate("scenes", count, seconds(partial(render_range, (0, 0, count, (size, size))), 7))}
+        {"size_px": size, **rate("scenes", count, timed(partial(render_range, (0, 0, count, (size, size))), 7))}
         for size, count in sizes
     ]
-
-
-def rate(what: str, count: int, times: dict[str, float]) -> dict[str, float]:
-    return {f"{what}_per_s": count / times["median_s"], **times}
 
 
 def attention() -> Rows:
@@ -72,11 +59,60 @@ def attention() -> Rows:
     for dtype in (torch.float32, torch.bfloat16):
         for batch, heads, tokens, d in ((64, 3, 24, 64), (64, 3, 64, 64), (32, 6, 196, 64), (4, 12, 784, 64)):
             qkv = [torch.randn(batch, heads, tokens, d, dtype=dtype, requires_grad=True) for _ in range(3)]
-            plain = seconds(partial(there_and_back, plain_attention, qkv))["median_s"]
-            fused = seconds(partial(there_and_back, F.scaled_dot_product_attention, qkv))["median_s"]
+            kernels: dict[str, Callable[..., torch.Tensor]] = {
+                "plain": plain_attention,
+                "fused": F.scaled_dot_product_attention,
+            }
+            times = in_turn({name: partial(there_and_back, kernel, qkv) for name, kernel in kernels.items()}, 15, 2)
+            plain, fused = median(times["plain"]), median(times["fused"])
             shape = {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "heads": heads, "tokens": tokens}
             rows.append({**shape, "plain_s": plain, "fused_s": fused, "fused_over_plain": fused / plain})
     return rows
+
+
+def ragged() -> Rows:
+    """Attention over packed contexts on the CPU, forward and backward: padded and masked at once, in four buckets, by length."""
+    rows: Rows = []
+    for grid, heads, batch in (((14, 14), 6, 32), ((8, 8), 3, 128)):
+        drawn = sample(MaskingConfig(context="packed"), grid, 0, 0, np.arange(batch))
+        assert drawn.lengths is not None
+        lengths = drawn.lengths[:, 0].sort().values
+        cuts = {
+            "masked": [batch],
+            "four buckets": [batch * i // 4 for i in range(1, 5)],
+            "by length": [i for i in range(1, batch + 1) if i == batch or lengths[i] != lengths[i - 1]],
+        }
+        for dtype in (torch.float32, torch.bfloat16):
+            qkv = [torch.randn(drawn.total, heads, 64, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+            def there_and_back(ends: list[int], qkv: list[torch.Tensor] = qkv, lengths: torch.Tensor = lengths) -> None:
+                grouped_attention(qkv, lengths, ends).sum().backward()
+
+            times = in_turn({name: partial(there_and_back, ends) for name, ends in cuts.items()}, 15, 2)
+            first = median(times["masked"])
+            shape = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "images": batch,
+                "lengths": f"{lengths[0]} to {lengths[-1]}",
+            }
+            rows += [
+                {**shape, "way": name, "median_s": median(taken), "over_masked": first / median(taken)}
+                for name, taken in times.items()
+            ]
+    return rows
+
+
+def grouped_attention(qkv: list[torch.Tensor], lengths: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Packed sequences, the shortest first, in groups of their own padding; `ends`: where each group ends."""
+    out, first, token = [], 0, 0
+    for end in ends:
+        mine = lengths[first:end]
+        total = int(mine.sum())
+        layout = Ragged(torch.arange(int(mine.max())) < mine[:, None], total)
+        q, k, v = (x[token : token + total] for x in qkv)
+        out.append(ragged_attention(q, k, v, layout))
+        first, token = end, token + total
+    return torch.cat(out)
 
 
 def context(steps: int = 24, warmup: int = 4) -> Rows:
@@ -141,8 +177,12 @@ BENCHES: dict[str, Callable[[], Rows]] = {
     "scenes": scenes,
     "attention": attention,
     "context": context,
+    "ragged": ragged,
     "probe": probe,
     "train": train,
     "techniques": techniques,
     "data": data,
+    "evaluate": evaluate,
+    "scaling": scaling,
+    "start": start,
 }

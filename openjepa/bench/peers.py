@@ -15,7 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from openjepa.bench.train import MASKS, Case, cases, now
+from openjepa.bench.clock import Rows, now, spread
+from openjepa.bench.train import MASKS, Case, cases
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.errors import UserError, last_line, nearest
 from openjepa.masking import MaskingConfig, Masks, sample
@@ -124,7 +124,7 @@ def turn(who: str, case: Case, precision: Precision, steps: int = STEPS, warmup:
     return seconds[warmup:]
 
 
-def against(peer: str) -> list[dict[str, Any]]:
+def against(peer: str) -> Rows:
     """Ours and a peer's in turn, each turn a process of its own. Raises UserError for a peer that is not here."""
     if peer not in PEERS or peer == "openjepa":
         others = [name for name in PEERS if name != "openjepa"]
@@ -152,9 +152,7 @@ def against(peer: str) -> list[dict[str, Any]]:
                     "precision": precision,
                     "images_per_s": case.batch / median(taken),
                     f"over_{peer}": theirs / median(taken),
-                    "min_s": min(taken),
-                    "median_s": median(taken),
-                    "max_s": max(taken),
+                    **spread(taken),
                     "batch": case.batch,
                 }
             )

@@ -5,7 +5,6 @@ Variants take turns on the same images and masks in one process, so that what el
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
+from openjepa.bench.clock import Rows, now, spread
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.engine.train import gradient_norm
@@ -30,8 +30,6 @@ from openjepa.models import layers
 from openjepa.models.layers import Block, Layout, PatchEmbed, Shared, compile_blocks, patchify, shared_attention, take
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
-
-Rows = list[dict[str, Any]]
 
 MASKS = 6  # batches of masks that take turns: block sizes differ from one to the next
 PARTS = ("target_encoder", "context_encoder", "predictor", "backward", "optimizer", "ema")
@@ -165,9 +163,7 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
                     "variant": way.name,
                     "images_per_s": case.batch / taken,
                     f"over_{ways[0].name}": median(ways[0].seconds[warmup:]) / taken,
-                    "min_s": min(way.seconds[warmup:]),
-                    "median_s": taken,
-                    "max_s": max(way.seconds[warmup:]),
+                    **spread(way.seconds[warmup:]),
                     "gflop_per_image": work / 1e9,
                     "share_of_peak": work * case.batch / taken / peak,
                     "peak_gflops": peak / 1e9,
@@ -207,12 +203,6 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         best = min(best, now(device) - start)
     return 2 * side**3 / best
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # ---------------------------------------------------------------- the released algorithm as its notes describe it

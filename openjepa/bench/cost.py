@@ -1,0 +1,107 @@
+"""`openjepa bench scaling` and `start`: what a step costs as it grows, and what comes before the first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from openjepa.bench.clock import Rows, spread
+from openjepa.bench.train import MASKS, Case, Variant, flops
+from openjepa.engine.device import pick_device, pick_precision
+from openjepa.errors import UserError, last_line
+from openjepa.masking import MaskingConfig, sample
+from openjepa.models.predictor import PredictorConfig
+from openjepa.models.vit import ViTConfig
+
+BASE = Case(
+    "", ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6), PredictorConfig(width=96, depth=3), 32
+)
+
+
+def along() -> dict[str, list[tuple[int, Case]]]:
+    """The base case with one thing changed: images a step, patches an image, the encoder's width (the predictor half of it)."""
+    model = BASE.model
+    return {
+        "batch": [(n, replace(BASE, batch=n)) for n in (8, 16, 32, 64, 128)],
+        "tokens": [
+            ((side // 4) ** 2, replace(BASE, model=replace(model, image_size=(side, side)))) for side in (24, 32, 48, 64, 96)
+        ],
+        "width": [
+            (w, replace(BASE, model=replace(model, width=w, heads=w // 64), predictor=PredictorConfig(width=w // 2, depth=3)))
+            for w in (64, 128, 256, 512, 1024)
+        ],
+    }  # fmt: skip
+
+
+def scaling(steps: int = 6, warmup: int = 2) -> Rows:
+    """Seconds of a step, and of an operation, as the batch, the image or the network grows."""
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+    rows: Rows = []
+    for axis, cases in along().items():
+        for value, case in cases:
+            masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
+            images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
+            variant = Variant("", case, device, precision)
+            for s in range(warmup + steps):
+                variant.step(images, masks[s % MASKS].to(device), device)
+            taken, work = variant.seconds[warmup:], flops(case, masks) * case.batch
+            rows.append(
+                {
+                    "axis": axis,
+                    "value": value,
+                    **spread(taken),
+                    "gflop": work / 1e9,
+                    "gflops": work / median(taken) / 1e9,
+                }
+            )
+    return rows
+
+
+RUN = (
+    "pretrain",
+    "--recipe",
+    "ijepa_scenes",
+    "--data",
+    "scenes:64",
+    "--schedule.epochs",
+    "0.5",
+    "--schedule.warmup_epochs",
+    "0",
+)
+
+
+def start(repeats: int = 3) -> Rows:
+    """Seconds from nothing to the end of a run of one step, its checkpoint written, beside those that importing torch takes."""
+
+    def taken(words: Sequence[str]) -> float:
+        began = time.perf_counter()
+        ended = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        if ended.returncode:
+            raise UserError(f"the run failed: {last_line(ended.stderr)}")
+        return time.perf_counter() - began
+
+    def run(*more: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return taken(["-c", "from openjepa.cli import main; main()", *RUN, "--out", f"{folder}/run", *more])
+
+    seconds: dict[str, list[float]] = {"import torch": [], "one step": [], "one step, compiled": []}
+    for _ in range(repeats):
+        seconds["import torch"].append(taken(["-c", "import torch"]))
+        seconds["one step"].append(run())
+        seconds["one step, compiled"].append(run("--machine.compile", "true"))
+    torch_alone = median(seconds["import torch"])
+    return [row(what, found, torch_alone) for what, found in seconds.items()]
+
+
+def row(what: str, seconds: list[float], torch_alone: float) -> dict[str, Any]:
+    return {"what": what, **spread(seconds), "beyond_import_s": median(seconds) - torch_alone}
