@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,24 +82,38 @@ RUN = (
 
 
 def start(repeats: int = 3) -> Rows:
-    """Seconds from nothing to the end of a run of one step, its checkpoint written, beside those that importing torch takes."""
+    """Seconds from nothing to the end of the first step of a tiny model, beside those that importing torch takes."""
 
-    def taken(words: Sequence[str]) -> float:
-        began = time.perf_counter()
-        ended = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-        if ended.returncode:
-            raise UserError(f"the run failed: {last_line(ended.stderr)}")
-        return time.perf_counter() - began
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # imports are compiled once
+
+    def taken(words: Sequence[str], until: str = "", **more: str) -> float:
+        """Seconds to the line that begins so, or to the end."""
+        began, found = time.perf_counter(), 0.0
+        run = subprocess.Popen(
+            [sys.executable, "-u", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | more,
+        )
+        assert run.stdout
+        for line in run.stdout:
+            if until and not found and line.startswith(until):
+                found = time.perf_counter() - began
+        if run.wait():
+            raise UserError(f"the run failed: {last_line(run.communicate()[1])}")
+        return found or time.perf_counter() - began
 
     def run(*more: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            return taken(["-c", "from openjepa.cli import main; main()", *RUN, "--out", f"{folder}/run", *more])
+            words = ["-c", "from openjepa.cli import main; main()", *RUN, "--out", f"{folder}/run", *more]
+            return taken(words, "step 1/1", TORCHINDUCTOR_CACHE_DIR=f"{folder}/compiled")  # nothing was compiled before
 
-    seconds: dict[str, list[float]] = {"import torch": [], "one step": [], "one step, compiled": []}
-    for _ in range(repeats):
-        seconds["import torch"].append(taken(["-c", "import torch"]))
-        seconds["one step"].append(run())
-        seconds["one step, compiled"].append(run("--machine.compile", "true"))
+    seconds: dict[str, list[float]] = {"import torch": [], "first step": [], "first step, compiled": []}
+    for repeat in range(1 + repeats):
+        found = taken(["-c", "import torch"]), run(), run("--machine.compile", "true")
+        for what, each in zip(seconds, found, strict=True):
+            seconds[what] += [each] if repeat else []  # the first warms up
     torch_alone = median(seconds["import torch"])
     return [row(what, found, torch_alone) for what, found in seconds.items()]
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from openjepa.evaluate.features import short_hash
-from openjepa.evaluate.protocols import Asked
 from openjepa.evaluate.scores import SHARES
 from openjepa.evaluate.subjects import Bench, Subject, tasks
 from openjepa.models.encoder import Encoder
+
+if TYPE_CHECKING:  # protocols import every library that one of them needs; a report needs none
+    from openjepa.evaluate.protocols import Asked
 
 VERSION = 1  # of the protocols: an answer of another version is asked again
 
