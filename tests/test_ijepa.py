@@ -6,7 +6,6 @@ import torch
 
 from openjepa.masking import MaskingConfig, Masks, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
-from openjepa.models.layers import compile_blocks
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 
@@ -78,7 +77,7 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once(context):
 
     torch._dynamo.reset()
     plain, compiled = make(48, context), make(48, context)
-    compile_blocks(compiled)
+    compiled.compile_blocks()
     graphs, shapes = [], set()
     for step in range(10):
         masks = sample(MaskingConfig(), (12, 12), 0, step, np.arange(4))

@@ -27,7 +27,7 @@ def evaluate(repeats: int = 7) -> Rows:
     config = ViTConfig(size="S")
     encoder = Encoder(ViT(config), Normalise((0.5,) * 3, (0.5,) * 3), "target_encoder").to(device).eval()
     compiled = copy.deepcopy(encoder)
-    compile_blocks(compiled)
+    compile_blocks(compiled.vit.blocks)
     view = View(config.image_size, config.channels)
     images = torch.randint(256, (BATCH, 3, *config.image_size), dtype=torch.uint8)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openjepa.errors import UserError
 from openjepa.masking import Masks
-from openjepa.models.layers import Ragged, take
+from openjepa.models.layers import Ragged, compile_blocks, take
 from openjepa.models.predictor import Predictor, PredictorConfig
 from openjepa.models.vit import ViT, ViTConfig
 
@@ -79,6 +79,10 @@ class IJEPA(nn.Module):
         super().train(mode)
         self.target_encoder.eval()
         return self
+
+    def compile_blocks(self) -> None:
+        """Compile what repeats; the predictor's final block is of a kind of its own and not worth the wait."""
+        compile_blocks(self.encoder.blocks, self.target_encoder.blocks, list(self.predictor.blocks)[:-1])
 
     def forward(self, images: Tensor, masks: Masks) -> dict[str, Tensor]:
         """images: [B, channels, H, W], normalised. Returns `loss` (scalar) and `features` [B, N, D].

@@ -6,7 +6,9 @@ B sequences, N tokens each, D channels; `Ragged` holds sequences of different le
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
@@ -219,14 +221,13 @@ class Block(nn.Module):
         return x + cast(Tensor, self.drop_path(self.ls2(self.mlp(self.norm2(x))), layout))
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile every transformer block, in place: a graph for each kind of block, shared by all depths and token counts.
+def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
+    """torch.compile transformer blocks, in place: one graph for a kind of block, shared by all depths and token counts.
 
     Masks change the token counts from step to step; nothing is compiled again for that.
     """
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=True)
+    for block in chain(*stacks):
+        block.compile(dynamic=True)
 
 
 # ---------------------------------------------------------------- patches and positions

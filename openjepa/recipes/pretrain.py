@@ -27,7 +27,6 @@ from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
-from openjepa.models.layers import compile_blocks
 from openjepa.models.vit import ViT
 from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.rng import key, permutation
@@ -74,7 +73,7 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
     if recipe.machine.compile:
-        compile_blocks(method)
+        method.compile_blocks()
 
     def forward(batch: Batch) -> dict[str, Tensor]:
         out: dict[str, Tensor] = method(normalise(batch.images), batch.masks)
