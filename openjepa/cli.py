@@ -12,8 +12,6 @@ from openjepa.errors import UserError, nearest
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
 
-COLUMNS = 9  # of a table that a terminal holds
-
 
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
@@ -141,31 +139,11 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def bench(args: argparse.Namespace, rest: list[str]) -> None:
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from openjepa.bench.parts import BENCHES
-    from openjepa.bench.peers import against
-    from openjepa.engine.run import environment
+    from openjepa.bench.measure import measure
 
     refuse(rest)
-    if args.what not in BENCHES:
-        raise UserError(f"unknown measurement '{args.what}': one of {', '.join(BENCHES)}{nearest(args.what, BENCHES)}")
-    if args.against and args.what != "train":
-        raise UserError("--against goes with bench train")
-    rows = against(args.against) if args.against else BENCHES[args.what]()
-    if args.json:
-        print(json.dumps({"bench": args.what, "environment": environment(), "rows": rows}, indent=1))
-        return
-    lines = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    if len(lines[0]) > COLUMNS:
-        lines = [list(line) for line in zip(*lines, strict=True)]  # a line a quantity
-    table = Table(*lines[0], title=f"bench {args.what}")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console().print(table)
+    plot, out = (Path(file) if file else None for file in (args.plot, args.out))
+    measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json)
 
 
 COMMANDS = {
@@ -266,7 +244,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--against", metavar="PEER", help="train: beside lightly's or stable-pretraining's I-JEPA module")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--data", metavar="SPEC", help="data: of these images instead of rendered ones")
+    p.add_argument("--plot", metavar="FILE.png", help="scaling: draw it")
+    p.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    p.add_argument("--out", metavar="FILE", help="add them to a JSON file, one for a machine")
     return top
 
 

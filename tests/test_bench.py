@@ -1,12 +1,13 @@
 """Claims about the training measurement: what is compared computes the same, and its work is counted from its shapes."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from openjepa.bench import peers
+from openjepa.bench import measure, peers
 from openjepa.bench import train as bench
 from openjepa.bench.train import PLAIN, Case, without
 from openjepa.engine.device import pick_precision
@@ -14,7 +15,7 @@ from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
-from tests.helpers import refused
+from tests.helpers import command, refused
 
 MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
 PREDICTOR = PredictorConfig(width=16, depth=2)
@@ -80,10 +81,10 @@ def test_peers_take_their_turn_on_the_same_masks(monkeypatch):
     alternating = []
     monkeypatch.setattr(peers, "version", lambda _: "9.9")
     monkeypatch.setattr(
-        peers, "in_its_own_process", lambda who, *_: alternating.append(who) or [0.5 if who == "openjepa" else 1.0]
+        peers, "in_its_own_process", lambda who, *_: alternating.append(who) or [1.0 if who == "lightly" else 0.5]
     )
-    ours, theirs = peers.against("lightly")
-    assert alternating == ["openjepa", "lightly"] * peers.TURNS
+    ours, _, theirs = peers.against("lightly")
+    assert alternating == ["openjepa", "openjepa, shared context", "lightly"] * peers.TURNS
     assert (ours["over_lightly"], theirs["over_lightly"]) == (2.0, 1.0)
 
 
@@ -123,3 +124,23 @@ def test_a_peer_that_is_not_here_is_said(monkeypatch, capsys):
 
 def absent(name: str) -> str:
     raise ModuleNotFoundError(name)
+
+
+def test_measurements_are_kept_in_one_file_for_a_machine(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "results" / "here.json"
+    monkeypatch.setitem(measure.BENCHES, "masks", lambda: [{"masks": "even", "median_s": 0.5}])
+    monkeypatch.setitem(measure.BENCHES, "data", lambda: [{"way": "ours", "median_s": 0.25}])
+    for what in ("masks", "data", "masks"):
+        assert command(monkeypatch, capsys, "bench", what, "--out", str(file))[0] == 0
+    found = json.loads(file.read_text())
+    assert list(found) == ["masks", "data"]
+    assert found["data"]["rows"] == [{"way": "ours", "median_s": 0.25}]
+    assert found["data"]["command"] == f"openjepa bench data --out {file}"
+    assert "cores" in found["data"]["environment"]["cpu"]
+    assert "--plot goes with bench scaling" in refused(monkeypatch, capsys, "bench", "masks", "--plot", "a.png")
+    assert "ends in .png" in refused(monkeypatch, capsys, "bench", "scaling", "--plot", "a.txt")
+    monkeypatch.setitem(measure.BENCHES, "masks", None)  # refused before it is measured
+    file.write_text("[1]")
+    assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file))
+    assert file.read_text() == "[1]"
+    assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file / "below"))

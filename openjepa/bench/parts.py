@@ -1,4 +1,4 @@
-"""`openjepa bench`: measurements that a user can repeat, printed and as JSON."""
+"""`openjepa bench masks`, `scenes`, `attention`, `context`, `ragged`, `probe`: parts of the system, one by one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from openjepa.bench.clock import Rows, in_turn, rate, timed
-from openjepa.bench.cost import scaling, start
-from openjepa.bench.data import data
-from openjepa.bench.evaluate import evaluate
-from openjepa.bench.train import techniques, train
 from openjepa.data.scenes import render_range
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
@@ -170,19 +166,3 @@ def probe(images: int = 100_000, classes: int = 1000, width: int = 384) -> Rows:
     right = float((found.predictions == expected).float().mean())
     size = {"images": images, "classes": classes, "width": width, "heads": len(config.heads), "epochs": config.epochs}
     return [{**size, "precision": "bf16" if half else "fp32", "seconds": taken, "accuracy": right}]
-
-
-BENCHES: dict[str, Callable[[], Rows]] = {
-    "masks": masks,
-    "scenes": scenes,
-    "attention": attention,
-    "context": context,
-    "ragged": ragged,
-    "probe": probe,
-    "train": train,
-    "techniques": techniques,
-    "data": data,
-    "evaluate": evaluate,
-    "scaling": scaling,
-    "start": start,
-}

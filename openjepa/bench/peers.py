@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import median
 from types import SimpleNamespace
@@ -38,6 +39,10 @@ TURNS, STEPS, WARMUP = 3, 6, 2
 def openjepa(case: Case) -> tuple[nn.Module, Step, Follow]:
     method = IJEPA(case.model, case.predictor, LossConfig())
     return method, lambda images, masks: method(images, masks)["loss"], lambda: method.after_step(0.996)
+
+
+def shared_context(case: Case) -> tuple[nn.Module, Step, Follow]:
+    return openjepa(replace(case, predictor=replace(case.predictor, context="shared")))
 
 
 def timm_encoder(case: Case) -> nn.Module:
@@ -98,14 +103,15 @@ def stable_pretraining(case: Case) -> tuple[nn.Module, Step, Follow]:
     return module, step, module.encoder.update_teacher
 
 
-PEERS = {"openjepa": openjepa, "lightly": lightly, "stable-pretraining": stable_pretraining}
+OURS = {"openjepa": openjepa, "openjepa, shared context": shared_context}
+PEERS = {"lightly": lightly, "stable-pretraining": stable_pretraining}
 
 
 def turn(who: str, case: Case, precision: Precision, steps: int = STEPS, warmup: int = WARMUP) -> list[float]:
     """Seconds of each step: forward, backward, fused AdamW, and what follows."""
     device = pick_device("auto")
     torch.manual_seed(0)
-    module, step, follow = PEERS[who](case)
+    module, step, follow = {**OURS, **PEERS}[who](case)
     module.to(device).train()
     optimizer = AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4, fused=True)
     autocast = pick_autocast(precision, device)
@@ -126,9 +132,8 @@ def turn(who: str, case: Case, precision: Precision, steps: int = STEPS, warmup:
 
 def against(peer: str) -> Rows:
     """Ours and a peer's in turn, each turn a process of its own. Raises UserError for a peer that is not here."""
-    if peer not in PEERS or peer == "openjepa":
-        others = [name for name in PEERS if name != "openjepa"]
-        raise UserError(f"--against {peer}: one of {', '.join(others)}{nearest(peer, others)}")
+    if peer not in PEERS:
+        raise UserError(f"--against {peer}: one of {', '.join(PEERS)}{nearest(peer, PEERS)}")
     try:
         number = version(peer)
     except ModuleNotFoundError as error:
@@ -139,7 +144,7 @@ def against(peer: str) -> Rows:
     precision = pick_precision("auto", device)
     rows = []
     for i, case in enumerate(cases(device)):
-        seconds: dict[str, list[float]] = {"openjepa": [], peer: []}
+        seconds: dict[str, list[float]] = {who: [] for who in (*OURS, peer)}
         for _ in range(TURNS):
             for who, taken in seconds.items():
                 taken += in_its_own_process(who, i, precision)
@@ -148,7 +153,7 @@ def against(peer: str) -> Rows:
             rows.append(
                 {
                     "model": case.name,
-                    "who": who if who == "openjepa" else f"{who} {number}",
+                    "who": who if who in OURS else f"{who} {number}",
                     "precision": precision,
                     "images_per_s": case.batch / median(taken),
                     f"over_{peer}": theirs / median(taken),

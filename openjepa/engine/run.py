@@ -178,9 +178,19 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def cpu_name() -> str:
+    """Its maker's name where the system tells it, and how many cores this process has."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return platform.processor() or platform.machine()
 
 
 def memory_gib(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from openjepa.masking import Masks
 from openjepa.models.encoder import Encoder
 
 BLUE, GREY, ORANGE, INK = "#2f6fde", "#b9bfca", "#e0812b", "#22262e"
+COSTS = {"batch": "images a step", "tokens": "patches an image", "width": "encoder width"}
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
@@ -183,6 +184,34 @@ def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 # ---------------------------------------------------------------- shared
+
+
+def cost_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Seconds of a step beside its work, as the batch, the patches and the width grow: `openjepa bench scaling`.
+
+    Where the work's line and the points part, something else than matrix products takes the time.
+    """
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    figure = Figure(figsize=(3.1 * len(axes), 2.7), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, len(axes))), axes, strict=True):
+        mine = [row for row in rows if row["axis"] == name]
+        at = [row["value"] for row in mine]
+        fastest = max(row["gflops"] for row in mine)
+        low, high = ([row[end] for row in mine] for end in ("min_s", "max_s"))
+        axis.plot(
+            at, [row["gflop"] / fastest for row in mine], color=GREY, linewidth=1.6, label="its work at the best rate"
+        )
+        axis.vlines(at, low, high, color=BLUE, linewidth=1)
+        axis.plot(at, [row["median_s"] for row in mine], "o", color=BLUE, ms=4, label="measured")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(at, [str(value) for value in at])
+        axis.minorticks_off()
+        axis.set_title(COSTS.get(name, name), fontsize=10, color=INK)
+        axis.set_ylabel("seconds a step" if name == axes[0] else "", fontsize=8)
+        tidy(axis)
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    return figure
 
 
 def canvas(rows: int, columns: int, *names: str) -> tuple[Figure, np.ndarray]:

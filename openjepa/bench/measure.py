@@ -1,0 +1,97 @@
+"""`openjepa bench`: every measurement by its name; what it found is printed, drawn, and kept beside others."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from openjepa.bench import parts
+from openjepa.bench.clock import Rows
+from openjepa.bench.cost import scaling, start
+from openjepa.bench.data import data
+from openjepa.bench.evaluate import evaluate
+from openjepa.bench.peers import against
+from openjepa.bench.train import techniques, train
+from openjepa.engine.run import environment
+from openjepa.engine.whole import write_whole
+from openjepa.errors import UserError, first_line, nearest
+
+COLUMNS = 9  # of a table that a terminal can hold
+PICTURES = (".png", ".svg", ".pdf")
+
+BENCHES: dict[str, Callable[..., Rows]] = {
+    "train": train,
+    "techniques": techniques,
+    "data": data,
+    "masks": parts.masks,
+    "evaluate": evaluate,
+    "probe": parts.probe,
+    "scaling": scaling,
+    "start": start,
+    "attention": parts.attention,
+    "context": parts.context,
+    "ragged": parts.ragged,
+    "scenes": parts.scenes,
+}
+
+
+def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
+            as_json: bool = False) -> None:  # fmt: skip
+    """Measure and say what was found. peer, spec, plot: of `train`, `data` and `scaling` alone; out: a file of many measurements.
+
+    Raises UserError, before anything is measured, for what could not be kept.
+    """
+    if what not in BENCHES:
+        raise UserError(f"unknown measurement '{what}': one of {', '.join(BENCHES)}{nearest(what, BENCHES)}")
+    for flag, given, whose in (("--against", peer, "train"), ("--data", spec, "data"), ("--plot", plot, "scaling")):
+        if given and what != whose:
+            raise UserError(f"{flag} goes with bench {whose}")
+    if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir()):
+        raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
+    if out:
+        kept(out)
+    begun = time.strftime("%Y-%m-%d %H:%M")
+    rows = against(peer) if peer else BENCHES[what](spec) if spec else BENCHES[what]()
+    name = f"{what}, {peer or spec}" if peer or spec else what
+    command = shlex.join(["openjepa", *sys.argv[1:]])
+    record = {"command": command, "date": begun, "environment": environment(), "rows": rows}
+    if plot:
+        from openjepa.see.figures import cost_figure
+
+        cost_figure(rows).savefig(plot, dpi=150)
+    if out:
+        write_whole(out, json.dumps({**kept(out), name: record}, indent=1) + "\n")
+    if as_json:
+        print(json.dumps({"bench": name, **record}, indent=1))
+    else:
+        Console().print(table(name, rows))
+
+
+def kept(file: Path) -> dict[str, Any]:
+    """The measurements that a file holds; its folder is made. Raises UserError for another kind of file, or a place to write."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a+") as taken:
+            taken.seek(0)
+            return {**json.loads(taken.read() or "{}")}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--out {file} cannot take measurements: {first_line(error)}") from error
+
+
+def table(name: str, rows: Rows) -> Table:
+    """A line a row, or a line a quantity where they are many."""
+    lines = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    if len(lines[0]) > COLUMNS:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    out = Table(*lines[0], title=f"bench {name}")
+    for line in lines[1:]:
+        out.add_row(*line)
+    return out
