@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from openjepa.bench import measure, peers
+from openjepa.bench import measure, parts, peers
 from openjepa.bench import train as bench
 from openjepa.bench.train import PLAIN, Case, without
 from openjepa.engine.device import pick_precision
@@ -144,3 +144,17 @@ def test_measurements_are_kept_in_one_file_for_a_machine(monkeypatch, capsys, tm
     assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file))
     assert file.read_text() == "[1]"
     assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file / "below"))
+
+
+def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):
+    monkeypatch.setitem(measure.BENCHES, "masks", lambda: [{"masks": "multiblock", "images_per_s": 2.0}])
+    printed = json.loads(command(monkeypatch, capsys, "bench", "masks", "--json")[1])
+    assert printed["rows"] == [{"masks": "multiblock", "images_per_s": 2.0}]
+    assert printed["environment"]["torch"]
+    assert "images_per_s" in command(monkeypatch, capsys, "bench", "masks")[1]
+
+
+def test_both_kinds_of_context_are_measured_on_the_same_steps():
+    rows = {row["context"]: row for row in parts.context(steps=3, warmup=1)}
+    assert rows["packed"]["context_tokens"] > rows["even"]["context_tokens"] > 0
+    assert min(row["images_per_s"] for row in rows.values()) > 0

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from openjepa.bench import parts
 from openjepa.evaluate import linear, protocols
 from openjepa.recipes import demo
 from tests.helpers import command
@@ -38,19 +37,3 @@ def test_the_demo_scores_four_tasks_against_both_controls_and_draws(small, monke
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 7
     assert "seed: 3" in (out / "recipe.yaml").read_text()
-
-
-def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):
-    monkeypatch.setattr(
-        parts, "BENCHES", parts.BENCHES | {"masks": lambda: [{"masks": "multiblock", "images_per_s": 2.0}]}
-    )
-    printed = json.loads(command(monkeypatch, capsys, "bench", "masks", "--json")[1])
-    assert printed["rows"] == [{"masks": "multiblock", "images_per_s": 2.0}]
-    assert printed["environment"]["torch"]
-    assert "images_per_s" in command(monkeypatch, capsys, "bench", "masks")[1]
-
-
-def test_both_kinds_of_context_are_measured_on_the_same_steps():
-    rows = {row["context"]: row for row in parts.context(steps=3, warmup=1)}
-    assert rows["packed"]["context_tokens"] > rows["even"]["context_tokens"] > 0
-    assert min(row["images_per_s"] for row in rows.values()) > 0
