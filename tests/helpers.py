@@ -1,19 +1,36 @@
-"""What several test files need to move weights about."""
+"""What several test files need: images as bytes, commands as a user gives them, weights moved about."""
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from openjepa import cli
 from openjepa.convert import formats
 from openjepa.convert.names import Told
+from openjepa.data.decode import Raw, decode
 from openjepa.recipes.exchange import import_weights
 from openjepa.recipes.recipe import Recipe
 
 HEADS = Told(heads=2)  # of the tiny model, whose width no known size has
+
+
+def whole(raw: Raw, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
+    return decode(raw, lambda w, h: (0, 0, w, h), size, channels)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED = Image.new("RGB", (8, 8), (200, 20, 20))
 
 
 def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:

@@ -88,6 +88,16 @@ def test_peers_take_their_turn_on_the_same_masks(monkeypatch):
     assert (ours["over_lightly"], theirs["over_lightly"]) == (2.0, 1.0)
 
 
+def test_a_profile_shares_out_the_time(monkeypatch):
+    monkeypatch.setattr(bench, "CPU", (CASE,))
+    monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
+    rows = bench.profile(steps=1)
+    shares = [row["share"] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1
+    assert "aten::addmm" in {row["operator"] for row in rows}
+
+
 def test_techniques_are_left_out_one_at_a_time(monkeypatch):
     monkeypatch.setattr(bench, "CPU", (CASE,))
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
@@ -143,7 +153,7 @@ def test_measurements_are_kept_in_one_file_for_a_machine(monkeypatch, capsys, tm
     file.write_text("[1]")
     assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file))
     assert file.read_text() == "[1]"
-    assert "--out" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file / "below"))
+    assert "cannot write to" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file / "below"))
 
 
 def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):

@@ -70,17 +70,25 @@ def test_several_contexts_average_their_losses():
     assert both == pytest.approx(sum(apart) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("context", ["each", pytest.param("shared", marks=pytest.mark.slow)])
-def test_compiled_blocks_compute_the_same_and_are_compiled_once(context):
+@pytest.mark.parametrize(
+    ("context", "masking"),
+    [
+        ("each", "even"),
+        pytest.param("shared", "even", marks=pytest.mark.slow),
+        pytest.param("each", "packed", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(context, masking):
     """Masks of other sizes, step after step: no new graph after the second; losses and gradients are the plain ones."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters.clear()
     plain, compiled = make(48, context), make(48, context)
     compiled.compile_blocks()
     graphs, shapes = [], set()
     for step in range(10):
-        masks = sample(MaskingConfig(), (12, 12), 0, step, np.arange(4))
+        masks = sample(MaskingConfig(context=masking), (12, 12), 0, step, np.arange(4))
         images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(step))
         shapes.add((masks.context.shape, masks.targets.shape))
         losses = [method(images, masks)["loss"] for method in (plain, compiled)]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from openjepa.data.sources import open_source
 from openjepa.errors import UserError
-from openjepa.evaluate import features, protocols
+from openjepa.evaluate import answers, features, protocols
 from openjepa.evaluate.protocols import PROTOCOLS
 from openjepa.recipes import evaluation, suites
 from openjepa.recipes.evaluation import Question
@@ -260,8 +260,8 @@ def test_a_cut_cache_is_made_again(run, folder, tmp_path, name, size):
 def test_answers_of_another_process_are_kept(run, folder):
     mine = asked(run, {}, train=str(folder), test=str(folder), protocols=["knn"])["results"]
     theirs = [{**r, "question": f"other {i}"} for i, r in enumerate(mine)]
-    evaluation.write(run, theirs, {})  # while the first was still at work
-    evaluation.write(run, mine, {})
+    answers.write(run, theirs, {})  # while the first was still at work
+    answers.write(run, mine, {})
     assert len(json.loads((run / "evaluation.json").read_text())["results"]) == 6
 
 

@@ -68,7 +68,7 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
     return rows
 
 
-RUN = (
+RUN = [
     "pretrain",
     "--recipe",
     "ijepa_scenes",
@@ -78,7 +78,7 @@ RUN = (
     "0.5",
     "--schedule.warmup_epochs",
     "0",
-)
+]
 
 
 def start(repeats: int = 3) -> Rows:
@@ -88,20 +88,16 @@ def start(repeats: int = 3) -> Rows:
 
     def taken(words: Sequence[str], until: str = "", **more: str) -> float:
         """Seconds to the line that begins so, or to the end."""
-        began, found = time.perf_counter(), 0.0
-        run = subprocess.Popen(
-            [sys.executable, "-u", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment | more,
-        )
+        began, found, said = time.perf_counter(), 0.0, ""
+        run = subprocess.Popen([sys.executable, "-u", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=environment | more)  # fmt: skip
         assert run.stdout
         for line in run.stdout:
+            said += line
             if until and not found and line.startswith(until):
                 found = time.perf_counter() - began
         if run.wait():
-            raise UserError(f"the run failed: {last_line(run.communicate()[1])}")
+            raise UserError(f"the run failed: {last_line(said)}")
         return found or time.perf_counter() - began
 
     def run(*more: str) -> float:

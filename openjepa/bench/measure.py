@@ -19,9 +19,9 @@ from openjepa.bench.cost import scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
 from openjepa.bench.peers import against
-from openjepa.bench.train import techniques, train
+from openjepa.bench.train import profile, techniques, train
 from openjepa.engine.run import environment
-from openjepa.engine.whole import write_whole
+from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 
 COLUMNS = 9  # of a table that a terminal can hold
@@ -30,6 +30,7 @@ PICTURES = (".png", ".svg", ".pdf")
 BENCHES: dict[str, Callable[..., Rows]] = {
     "train": train,
     "techniques": techniques,
+    "profile": profile,
     "data": data,
     "masks": parts.masks,
     "evaluate": evaluate,
@@ -68,6 +69,7 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
 
         cost_figure(rows).savefig(plot, dpi=150)
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, json.dumps({**kept(out), name: record}, indent=1) + "\n")
     if as_json:
         print(json.dumps({"bench": name, **record}, indent=1))
@@ -76,14 +78,12 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
 
 
 def kept(file: Path) -> dict[str, Any]:
-    """The measurements that a file holds; its folder is made. Raises UserError for another kind of file, or a place to write."""
+    """The measurements that a file holds. Raises UserError for another kind of file, or where none can be written."""
+    refuse_unwritable(file.parent)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+") as taken:
-            taken.seek(0)
-            return {**json.loads(taken.read() or "{}")}
+        return {**json.loads(file.read_text())} if file.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--out {file} cannot take measurements: {first_line(error)}") from error
+        raise UserError(f"--out {file} holds no measurements: {first_line(error)}") from error
 
 
 def table(name: str, rows: Rows) -> Table:

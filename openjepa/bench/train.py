@@ -176,16 +176,37 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
     return rows
 
 
+def profile(steps: int = 3) -> Rows:
+    """Shares of a step's time by operator, the ten largest: what there is to win beside the matrix products."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recorded
+
+    device = pick_device("auto")
+    kind, spent = (ProfilerActivity.CUDA, "self_device_time_total") if device.type == "cuda" else (
+        ProfilerActivity.CPU, "self_cpu_time_total")  # fmt: skip
+    rows: Rows = []
+    for case in cases(device):
+        variant = Variant("", case, device, pick_precision("auto", device))
+        images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
+        masks = sample(MaskingConfig(), case.model.grid, 0, 0, np.arange(case.batch)).to(device)
+        variant.step(images, masks, device)
+        with recorded(activities=[kind]) as seen:
+            for _ in range(steps):
+                variant.step(images, masks, device)
+        times = {event.key: getattr(event, spent) for event in seen.key_averages()}
+        whole = sum(times.values())
+        largest = sorted(times, key=lambda key: -times[key])[:10]
+        rows += [{"model": case.name, "operator": key, "share": times[key] / whole} for key in largest]
+    return rows
+
+
 def flops(case: Case, masks: Sequence[Masks], plain: Sequence[str] = ()) -> float:
     """Of one image's matrix products, forward and backward, on the shapes that are run: the mean over masks.
 
     What a kernel computes twice, such as attention's scores in its backward pass, counts once.
     """
-    method, images, found = (
-        IJEPA(case.model, case.predictor, LossConfig()),
-        torch.zeros(1, 3, *case.model.image_size),
-        [],
-    )
+    method, images = IJEPA(case.model, case.predictor, LossConfig()), torch.zeros(1, 3, *case.model.image_size)
+    found = []
     for mask in masks:
         with without([*plain, "torch's attention"]), FlopCounterMode(display=False) as counter:
             method(images, mask.rows(slice(0, 1)).to(images.device))["loss"].backward()

@@ -23,6 +23,7 @@ from openjepa.errors import first_line
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright image
 Raw = bytes | Image.Image | np.ndarray
 
+PIXELS_VERSION = 2  # raise it when any pixel changes: features and answers of another version are made anew
 MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
@@ -77,9 +78,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     return pixels[..., None] if channels == 1 else pixels
 
 
-def plain_jpeg(
-    raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int
-) -> np.ndarray | None:
+def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, int],
+               channels: int) -> np.ndarray | None:  # fmt: skip
     """As `decode` for an upright, undamaged JPEG whose crop lies on whole pixels; None where Pillow is to do it.
 
     The decoded pixels are Pillow's own; resized ones differ from Pillow's by the rounding of two passes.
@@ -95,9 +95,8 @@ def plain_jpeg(
             return None
         box = choose(width, height)
         shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
-        if shrink >= 4 or any(
-            side != int(side) for side in box
-        ):  # where Pillow lets the DCT shrink it, or cuts a pixel
+        whole = all(side == int(side) for side in box)
+        if shrink >= 4 or not whole:  # Pillow lets the DCT shrink it, or cuts a pixel
             return None
         left, top, right, bottom = map(int, box)
         pixels = np.ascontiguousarray(simplejpeg.decode_jpeg(raw, asked)[top:bottom, left:right])

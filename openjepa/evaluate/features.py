@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from openjepa.data.augment import centre_crop
-from openjepa.data.decode import BadImage, Box, Raw, decode
+from openjepa.data.decode import PIXELS_VERSION, BadImage, Box, Raw, decode
 from openjepa.data.sources import Source, cache_folder
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
@@ -158,6 +158,7 @@ class EncoderFeatures:
             "mean": mean,
             "std": std,
             "view": asdict(self.view),
+            "decoding": PIXELS_VERSION,
             "layers": self.layers,
             "precision": self.precision,
         }
@@ -184,7 +185,12 @@ class PixelFeatures:
         self.view, self.patch, self.device = view, patch, device
         shrink = max(1.0, max(view.size) / PIXELS)
         self.size = tuple(max(1, round(side / shrink)) for side in view.size)
-        self.identity: dict[str, Any] = {"pixels": self.size, "patch": patch, "view": asdict(view)}
+        self.identity: dict[str, Any] = {
+            "pixels": self.size,
+            "patch": patch,
+            "view": asdict(view),
+            "decoding": PIXELS_VERSION,
+        }
 
     def __call__(self, images: Tensor) -> Tensor:
         small = F.interpolate(images.float(), self.size, mode="area") if self.size != self.view.size else images.float()

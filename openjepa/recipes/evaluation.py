@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -18,10 +17,9 @@ from rich.console import Console
 from openjepa.data.sources import open_source
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
-from openjepa.engine.run import environment
-from openjepa.engine.whole import locked, refuse_unwritable, write_whole
-from openjepa.errors import UserError, first_line, nearest
-from openjepa.evaluate import suite
+from openjepa.engine.whole import refuse_unwritable
+from openjepa.errors import UserError, nearest
+from openjepa.evaluate import answers, suite
 from openjepa.evaluate.features import View
 from openjepa.evaluate.protocols import PROTOCOLS, Asked
 from openjepa.evaluate.subjects import Bench
@@ -31,9 +29,6 @@ from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
 from openjepa.recipes.recipe import flat, from_dict, nested
 from openjepa.recipes.suites import SUITES, Found, Row, find
-
-FILE = "evaluation.json"
-PLACE = ("train", "test", "network", "view", "task", "protocol", "of", "metric")  # what a table tells answers apart by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +78,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     if folder is None:
         raise UserError(f"{question.source} is not a run: say where the answers go, --out DIR")
     refuse_unwritable(folder)
-    known = read(folder)
+    known = answers.read(folder)
     size = question.image_size or encoder.vit.config.image_size
     if size != encoder.vit.config.image_size:
         encoder, control = encoder.resized(size), control.resized(size)
@@ -98,9 +93,9 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
             more = {"train": part.data.train, "test": part.data.test, "network": encoder.network, "step": about["step"],
                     "table": part.table}  # fmt: skip
             asking = [protocols[name] for name in part.protocols]
-            for answers in suite.evaluate(encoders, bench, asking, known, console, part.tasks):
-                records += [{"command": command, **answer, **more} for answer in answers]
-                write(folder, records, skipped)
+            for found in suite.evaluate(encoders, bench, asking, known, console, part.tasks):
+                records += [{"command": command, **answer, **more} for answer in found]
+                answers.write(folder, records, skipped)
         except UserError as error:
             if not question.suite:
                 failure = error
@@ -108,7 +103,7 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
             skipped[f"{part.data.name}: {', '.join(part.protocols)}"] = str(error)
     seconds = time.perf_counter() - start
     if parallel.launched()[0] > 0 and not failure:
-        return folder / FILE
+        return folder / answers.FILE
     of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
     for test in dict.fromkeys(r["test"] for r in records):
         console.print(suite.table([r for r in records if r["test"] == test], f"{of}, {test}"))
@@ -118,9 +113,9 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
         console.print(f"skipped {what}: {reason}", style="yellow", highlight=False, soft_wrap=True)
     if not records:
         raise UserError("nothing could be asked")
-    write(folder, records, skipped)
-    console.print(f"written to {folder / FILE} after {seconds:.0f} s", highlight=False, soft_wrap=True)
-    return folder / FILE
+    answers.write(folder, records, skipped)
+    console.print(f"written to {folder / answers.FILE} after {seconds:.0f} s", highlight=False, soft_wrap=True)
+    return folder / answers.FILE
 
 
 def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
@@ -214,35 +209,3 @@ def with_values(protocol: Asked, tree: Mapping[str, Any], kind: str, names: Sequ
     before, after = flat(asdict(protocol.config)), flat(asdict(config))
     changed = ", ".join(f"{key} {value}" for key, value in after.items() if before[key] != value)
     return replace(protocol, config=config, changed=changed)
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The answers that a folder holds, none if there is no file. Raises UserError for a damaged one."""
-    file = folder / FILE
-    if not file.exists():
-        return []
-    try:
-        found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-        for record in found:
-            _ = [record[name] for name in (*PLACE, "value", "interval", "spread", "details")]
-        return found
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}): move it away") from error
-
-
-def identity(record: dict[str, Any]) -> str:
-    """What another answer must share to take this one's place."""
-    return json.dumps([record.get("question"), *(record[name] for name in PLACE)])
-
-
-def write(folder: Path, records: Sequence[dict[str, Any]], skipped: Mapping[str, str]) -> None:
-    """Add answers to those that are there by then; one takes the place of an older one to the same question."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            new = {identity(record): record for record in records}
-            old = [record for record in read(folder) if identity(record) not in new]
-            about = {"environment": environment(), "skipped": skipped, "results": [*old, *new.values()]}
-            write_whole(folder / FILE, json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error

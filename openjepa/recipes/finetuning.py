@@ -16,8 +16,8 @@ from openjepa.convert import native
 from openjepa.engine.device import Precision, pick_device, pick_precision
 from openjepa.engine.whole import new_folder, refuse_full, refuse_unwritable
 from openjepa.errors import UserError, nearest
+from openjepa.evaluate import answers, suite
 from openjepa.evaluate import finetune as method
-from openjepa.evaluate import suite
 from openjepa.evaluate.features import Images, contents
 from openjepa.evaluate.scores import accuracy
 from openjepa.evaluate.subjects import tasks
@@ -92,7 +92,7 @@ def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> 
     classifier = Encoder(model.vit.cpu(), encoder.normalise.cpu(), "finetuned", model.head.cpu(), task.classes)
     with new_folder(asked.out) as folder:
         native.write(folder / FILE, classifier)
-        evaluation.write(folder, [record], {})
+        answers.write(folder, [record], {})
     console.print(suite.table([record], f"{asked.source} fine-tuned on {asked.train}"))
     console.print(f'load: openjepa.load("{asked.out}").classify(images)', highlight=False, soft_wrap=True)
     return answer.value

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from openjepa.data.sources import Source, open_source
 from openjepa.engine.run import read_metrics
-from openjepa.evaluate import suite
+from openjepa.evaluate import answers, suite
 from openjepa.evaluate.features import Images, View
 from openjepa.masking import sample
-from openjepa.recipes import evaluation
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import to_yaml
@@ -33,8 +32,8 @@ def report(run: Path) -> Path:
     encoder, control = load(run), random_encoder(recipe)
     source = open_source(data["data"], recipe.model.image_size)
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
-    metrics, answers = read_metrics(run), evaluation.read(run)
-    sections = [section for records in together(answers) for section in worth(records)]
+    metrics, known = read_metrics(run), answers.read(run)
+    sections = [section for records in together(known) for section in worth(records)]
     masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
     sections += [
         Section(
@@ -72,9 +71,9 @@ def report(run: Path) -> Path:
     return path
 
 
-def together(answers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def together(known: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The newest answers, a list for each pair of sets, network and view."""
-    newest = {pretty([r.get("changed"), *(r[name] for name in evaluation.PLACE)]): r for r in answers}
+    newest = {pretty([r.get("changed"), *(r[name] for name in answers.PLACE)]): r for r in known}
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in newest.values():
         groups.setdefault(pretty([record[name] for name in ("train", "test", "network", "view")]), []).append(record)

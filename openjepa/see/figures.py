@@ -183,9 +183,6 @@ def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------- shared
-
-
 def cost_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Seconds of a step beside its work, as the batch, the patches and the width grow: `openjepa bench scaling`.
 
@@ -212,6 +209,9 @@ def cost_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         tidy(axis)
     figure.axes[0].legend(frameon=False, fontsize=7)
     return figure
+
+
+# ---------------------------------------------------------------- shared
 
 
 def canvas(rows: int, columns: int, *names: str) -> tuple[Figure, np.ndarray]:

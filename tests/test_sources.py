@@ -1,9 +1,8 @@
-"""Claims about images: formats, damage, and the same batches from every source."""
+"""Claims about what a SPEC names: the same batches from every source, whoever makes them, and what is refused."""
 
 import io
 import json
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,226 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
-from openjepa.data import decode as decode_module
-from openjepa.data.augment import NUMBERS, AugmentConfig, augment, centre_crop, random_resized_crop
-from openjepa.data.decode import BadImage, decode
+from openjepa.data.augment import AugmentConfig
 from openjepa.data.shards import expand_braces
 from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import DataConfig, Steps, batches
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
-from openjepa.rng import Draws
-
-
-def whole(raw, size=(8, 8), channels=3) -> np.ndarray:
-    return decode(raw, lambda w, h: (0, 0, w, h), size, channels)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-RED = Image.new("RGB", (8, 8), (200, 20, 20))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
-def test_formats_give_their_colours(kind):
-    assert np.abs(whole(encoded(RED, kind)).astype(int) - (200, 20, 20)).max() <= 4
-
-
-def test_grey_palette_cmyk_alpha_and_sixteen_bits():
-    assert (whole(encoded(Image.new("L", (8, 8), 77), "PNG")) == 77).all()
-    assert (whole(encoded(RED.quantize(4), "PNG")) == (200, 20, 20)).all()
-    assert np.abs(whole(encoded(RED.convert("CMYK"), "JPEG")).astype(int) - (200, 20, 20)).max() <= 6
-    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
-    assert np.abs(whole(encoded(half, "PNG")).astype(int) - 127).max() <= 1  # half black on white
-    deep = Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16))
-    assert (whole(encoded(deep, "PNG")) == 0x80).all()
-    assert (whole(encoded(deep, "TIFF")) == 0x80).all()
-    assert whole(encoded(RED, "PNG"), channels=1).shape == (8, 8, 1)
-
-
-def test_a_dark_part_of_a_sixteen_bit_image_stays_dark():
-    values = np.full((8, 8), 200, dtype=np.uint16)
-    values[0, 0] = 60_000
-    raw = encoded(Image.fromarray(values), "PNG")
-    dark = decode(raw, lambda w, h: (4, 4, 8, 8), (4, 4), 1)
-    assert (dark == whole(raw, channels=1)[4:, 4:]).all()
-
-
-@pytest.mark.parametrize("orientation", [0, 9, 77])
-def test_an_orientation_that_does_not_exist_changes_nothing(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    raw = encoded(RED.crop((0, 0, 8, 4)), "PNG", exif=exif)
-    seen = []
-    decode(raw, lambda w, h: seen.append((w, h)) or (0, 0, w, h), (4, 8))
-    assert seen == [(8, 4)]
-
-
-def test_tiff_and_png_turn_alike():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        size = (8, 16) if orientation < 5 else (16, 8)
-        png, tiff = (whole(encoded(image, kind, exif=exif), size) for kind in ("PNG", "TIFF"))
-        assert np.array_equal(png, tiff), orientation
-
-
-def test_bytes_changed_at_random_never_raise_anything_but_bad_image():
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a description"
-    good = encoded(Image.new("RGB", (40, 30), "teal"), "JPEG", exif=exif)
-    rng = np.random.default_rng(0)
-    reasons = []
-    for _ in range(1500):
-        raw = bytearray(good)
-        for place in rng.integers(0, len(raw) if rng.random() < 0.5 else 120, 3):
-            raw[place] = rng.integers(0, 256)
-        try:
-            whole(bytes(raw))
-        except BadImage as error:
-            reasons.append(str(error))
-    assert len(reasons) > 100
-    assert not any("\n" in reason for reason in reasons)
-
-
-def test_exif_orientation_is_obeyed():
-    image = Image.new("RGB", (16, 8), "black")
-    image.paste("white", (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right to see it upright
-    out = whole(encoded(image, "PNG", exif=exif), size=(16, 8))
-    assert out[:8].min() > 250
-    assert out[8:].max() < 5
-
-
-def test_crops_are_antialiased_as_pillow_does():
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    box = (13, 7, 101, 80)
-    expected = np.asarray(image.crop(box).resize((20, 16), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(decode(encoded(image, "PNG"), lambda w, h: box, (16, 20)).astype(int) - expected).max() <= 1
-
-
-def photo(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height))
-    return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("subsampling", [0, 2])
-def test_plain_jpegs_are_what_pillow_makes_of_them(monkeypatch, channels, subsampling):
-    """To two levels of 255: torch's resize rounds between its two passes, Pillow's too, elsewhere."""
-    raw = encoded(photo(233, 170), "JPEG", quality=90, subsampling=subsampling)
-    for numbers in Draws(0, "x", np.arange(30)).uniform(NUMBERS):
-        crop = partial(augment, raw, AugmentConfig(), (64, 96), channels, numbers)
-        fast = crop()
-        with monkeypatch.context() as without:
-            without.setattr(decode_module, "plain_jpeg", lambda *_: None)
-            slow = crop()
-        assert fast.shape == slow.shape == (64, 96, channels)
-        difference = np.abs(fast.astype(int) - slow)
-        assert difference.max() <= 2
-        assert difference.mean() < 0.1
-
-
-def test_plain_jpegs_alone_take_the_fast_path():
-    def fast(raw: bytes, channels: int = 3) -> bool:
-        return decode_module.plain_jpeg(raw, lambda w, h: (1, 2, 40, 30), (16, 16), channels) is not None
-
-    image = photo(48, 40)
-    turned = Image.Exif()
-    turned[decode_module.ORIENTATION] = 6
-    upright = Image.Exif()
-    upright[decode_module.ORIENTATION] = 1
-    assert fast(encoded(image, "JPEG"))
-    assert fast(encoded(image, "JPEG"), channels=1)
-    assert fast(encoded(image.convert("L"), "JPEG"))
-    assert fast(encoded(image, "JPEG", exif=upright))
-    assert fast(encoded(image, "JPEG", progressive=True))
-    assert not fast(encoded(image, "JPEG", exif=turned))
-    assert not fast(encoded(image, "JPEG"), channels=4)
-    assert not fast(encoded(image.convert("CMYK"), "JPEG"))
-    assert not fast(encoded(image, "PNG"))
-    assert not fast(encoded(image, "JPEG")[:-200])
-
-
-def test_large_jpegs_shrink_while_decoding_without_visible_change():
-    x = np.linspace(0, 8 * np.pi, 1200)
-    wave = (127 + 100 * np.sin(x)[None] * np.cos(x)[:, None]).astype(np.uint8)
-    raw = encoded(Image.fromarray(np.stack([wave] * 3, -1)), "JPEG", quality=95)
-    exact = np.asarray(Image.open(io.BytesIO(raw)).resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(whole(raw, (64, 64)).astype(int) - exact).mean() < 1.0
-
-
-@pytest.mark.parametrize(
-    "raw", [b"", b"just text", encoded(RED, "JPEG")[:200], encoded(RED.resize((99, 99)), "PNG")[:90]]
-)
-def test_damaged_images_are_bad_images(raw):
-    with pytest.raises(BadImage):
-        whole(raw)
-
-
-def test_a_single_pixel_is_an_image():
-    assert (whole(encoded(RED.resize((1, 1)), "PNG")) == (200, 20, 20)).all()
-
-
-def test_huge_images_decode_small_as_jpeg_and_are_refused_otherwise(monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 500 * 500)
-    big = Image.new("RGB", (2000, 2000), (10, 200, 10))
-    assert whole(encoded(big, "JPEG"), (16, 16)).shape == (16, 16, 3)
-    with pytest.raises(BadImage, match="2000x2000"):
-        whole(encoded(big, "PNG"), (16, 16))
-
-
-def test_crops_stay_inside_and_cover_the_range():
-    config = AugmentConfig()
-    shares = []
-    for numbers in Draws(0, "x", np.arange(2000)).uniform(NUMBERS):
-        left, top, right, bottom = random_resized_crop(300, 200, config, numbers)
-        assert 0 <= left < right <= 300
-        assert 0 <= top < bottom <= 200
-        shares.append((right - left) * (bottom - top) / 60_000)
-    assert 0.29 < min(shares) < 0.32
-    assert max(shares) > 0.85  # a 3:2 image holds no 4:3 crop larger than 8/9
-
-
-@pytest.mark.parametrize("size", [(32, 32), (224, 224), (448, 448), (96, 160)])
-def test_central_crops_never_leave_the_image(size):
-    for side in range(1, 700):
-        for width, height in ((side, side), (640, side), (side, 333)):
-            left, top, right, bottom = centre_crop(width, height, size)
-            assert 0 <= left < right <= width
-            assert 0 <= top < bottom <= height
-
-
-def test_extreme_shapes_still_crop():
-    for size in ((1, 1), (1, 500), (3000, 2)):
-        left, top, right, bottom = random_resized_crop(*size, AugmentConfig(), np.full(NUMBERS, 0.999))
-        assert right - left >= 1
-        assert bottom - top >= 1
-    assert centre_crop(256, 512, (224, 224), 0.875) == (16, 144, 240, 368)
-
-
-def test_flip_jitter_and_blur_are_functions_of_their_numbers():
-    raw = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)), "PNG")
-    numbers = Draws(0, "x", [5]).uniform(NUMBERS)[0]
-    config = AugmentConfig(flip=1.0, jitter=1.0, blur=1.0)
-    a, b = augment(raw, config, (16, 16), 3, numbers), augment(raw, config, (16, 16), 3, numbers)
-    plain = augment(raw, AugmentConfig(), (16, 16), 3, numbers)
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, plain)
-    assert np.array_equal(augment(raw, AugmentConfig(flip=1.0), (16, 16), 3, numbers), plain[:, ::-1])
-
-
-# ---------------------------------------------------------------- sources
+from tests.helpers import RED, encoded, whole
 
 
 def make_parquet(path: Path, files: list[Path], labels: list[int], names: list[str]) -> None:
