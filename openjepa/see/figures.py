@@ -170,9 +170,9 @@ def classes_figure(records: Sequence[dict[str, Any]]) -> Figure:
             known.sort(key=lambda entry: -entry[0])
         axis.bar(range(len(known)), [100 * share for share, _ in known], 0.8, color=BLUE)
         if len(known) <= 24:
-            axis.set_xticks(
-                range(len(known)), [name for _, name in known], fontsize=7, rotation=0 if len(known) <= 12 else 90
-            )
+            names = [name for _, name in known]
+            crowded = len(names) * max(map(len, names), default=0) > 100  # letters that fit beside each other
+            axis.set_xticks(range(len(names)), names, fontsize=7, rotation=90 if crowded else 0)
         else:
             axis.set_xticks([])
             ends = [", ".join(name for _, name in part) for part in (known[:3], known[-3:])]
