@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from openjepa.recipes.recipe import to_yaml
-from tests.helpers import command, refused
-from tests.test_data import make_parquet, make_shards
+from tests.helpers import command, make_parquet, make_shards, refused
 
 
 def python(code: str) -> str:

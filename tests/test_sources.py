@@ -1,10 +1,5 @@
 """Claims about what a SPEC names: the same batches from every source, whoever makes them, and what is refused."""
 
-import io
-import json
-import tarfile
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,29 +12,7 @@ from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import DataConfig, Steps, batches
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
-from tests.helpers import RED, encoded, whole
-
-
-def make_parquet(path: Path, files: list[Path], labels: list[int], names: list[str]) -> None:
-    image = pa.array([{"bytes": f.read_bytes(), "path": f.name} for f in files])
-    table = pa.table({"image": image, "label": pa.array(labels)})
-    features = {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
-    table = table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
-    pq.write_table(table, path, row_group_size=7)
-
-
-def make_shards(root: Path, files: list[Path], labels: list[int]) -> None:
-    half = len(files) // 2
-    for shard in range(2):
-        with tarfile.open(root / f"s-{shard:02}.tar", "w") as tar:
-            for i in range(shard * half, shard * half + half):
-                for name, data in (
-                    (f"{i:06}{files[i].suffix}", files[i].read_bytes()),
-                    (f"{i:06}.cls", str(labels[i]).encode()),
-                ):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+from tests.helpers import RED, encoded, make_parquet, make_shards, whole
 
 
 @pytest.fixture
