@@ -93,9 +93,9 @@ def test_a_profile_shares_out_the_time(monkeypatch):
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
     rows = bench.profile(steps=1)
     shares = [row["share"] for row in rows]
+    assert len(shares) == 10
     assert shares == sorted(shares, reverse=True)
-    assert 0.5 < sum(shares) <= 1
-    assert "aten::addmm" in {row["operator"] for row in rows}
+    assert 0 < shares[-1] < sum(shares) <= 1
 
 
 def test_techniques_are_left_out_one_at_a_time(monkeypatch):
