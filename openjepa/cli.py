@@ -17,29 +17,32 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
     from openjepa.engine import parallel
-    from openjepa.engine.run import INTERRUPTED, Interrupted
+    from openjepa.engine.launch import joined
+    from openjepa.engine.run import Interrupted
     from openjepa.recipes.pretrain import pretrain, saved_data, saved_recipe
     from openjepa.recipes.recipe import of_processes, override
+    from openjepa.recipes.report import report
 
     out = Path(args.out)
     known = out / "recipe.yaml"
-    recipe, of_one_process = chosen(args)
-    if recipe and of_one_process:
-        recipe = of_processes(recipe, parallel.world_size())
-    recipe = recipe or (saved_recipe(out) if known.exists() else None)
-    if recipe is None:
-        raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
-    data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
-    if data is None:
-        raise UserError(f"which images? give --data SPEC: {SPEC}")
     try:
-        pretrain(override(recipe, pairs(rest)), data, out, Console())
+        with joined():
+            recipe, of_one_process = chosen(args)
+            if recipe and of_one_process:
+                recipe = of_processes(recipe, parallel.world_size())
+            recipe = recipe or (saved_recipe(out) if known.exists() else None)
+            if recipe is None:
+                raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
+            data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
+            if data is None:
+                raise UserError(f"which images? give --data SPEC: {SPEC}")
+            pretrain(override(recipe, pairs(rest)), data, out, Console())
+            if parallel.rank() == 0:
+                print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
     except Interrupted as stop:
-        print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    from openjepa.recipes.report import report
-
-    print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
+        if parallel.launched()[0] == 0:
+            print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
+        sys.exit(stop.status)
 
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
@@ -126,6 +129,14 @@ def demo(args: argparse.Namespace, rest: list[str]) -> None:
     demo(Path(args.out), args.seed, Console())
 
 
+def replay(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.recipes.replay import replay
+
+    refuse(rest)
+    for line in replay(Path(args.step)):
+        print(line)
+
+
 def recipes(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.ijepa import RECIPES
     from openjepa.recipes.recipe import to_yaml
@@ -154,6 +165,7 @@ COMMANDS = {
     "import": import_,
     "export": export,
     "report": report,
+    "replay": replay,
     "recipes": recipes,
     "bench": bench,
 }
@@ -235,6 +247,9 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
     p.add_argument("run", metavar="RUN")
+
+    p = commands.add_parser("replay", help="compute once more a step that stopped a run, and say where it went wrong")
+    p.add_argument("step", metavar="RUN/bad_steps/step-N")
 
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")

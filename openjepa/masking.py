@@ -86,7 +86,7 @@ class Masks:
     def __len__(self) -> int:
         return len(self.context)
 
-    def rows(self, index: slice) -> Masks:
+    def rows(self, index: slice | np.ndarray) -> Masks:
         """The masks of some of the images (on the host)."""
         if self.lengths is None:
             return Masks(self.context[index], self.targets[index])

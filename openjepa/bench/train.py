@@ -90,7 +90,7 @@ class Variant:
                 times.append(now(device))
                 context, visible, ragged = method.encode_context(images, masks, 0)
                 times.append(now(device))
-                loss = method.loss(method.predictor(context, visible, masks.targets, ragged), targets)
+                loss = method.loss(method.predictor(context, visible, masks.targets, ragged), targets).mean()
                 times.append(now(device))
             loss.backward()
             times.append(now(device))

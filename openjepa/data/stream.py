@@ -55,10 +55,11 @@ class Bad:
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 [B, channels, H, W]; masks: theirs; bad: what was replaced on the way."""
+    """images: uint8 [B, channels, H, W]; masks: theirs; indices: of the images, [B]; bad: what was replaced on the way."""
 
     images: Tensor
     masks: Masks
+    indices: np.ndarray
     bad: list[Bad] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
@@ -71,7 +72,7 @@ class Batch:
         """Equal parts, for gradient accumulation (on the host)."""
         size = len(self.images) // count
         cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
-        return [Batch(self.images[cut], self.masks.rows(cut), self.bad if i == 0 else []) for i, cut in enumerate(cuts)]
+        return [Batch(self.images[cut], self.masks.rows(cut), self.indices[cut]) for cut in cuts]
 
 
 class Steps(Dataset[Batch | UserError]):
@@ -87,14 +88,13 @@ class Steps(Dataset[Batch | UserError]):
         grid: Grid,
         channels: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        share: np.ndarray | None = None,
     ) -> None:
+        """share: which slots of a step are made here, [B]; all unless told."""
         self.source, self.data, self.augment, self.masking = source, data, augment, masking
         self.image_size, self.grid, self.channels, self.seed = image_size, grid, channels, seed
         self.per_epoch = steps_per_epoch(len(source), data.batch_size)
-        local = data.batch_size // world_size
-        self.share = slice(rank * local, (rank + 1) * local)
+        self.share = np.arange(data.batch_size) if share is None else share
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -114,19 +114,20 @@ class Steps(Dataset[Batch | UserError]):
         order = self.order(epoch)
         slots = step * self.data.batch_size + np.arange(self.data.batch_size)
         masks = sample(self.masking, self.grid, self.seed, step, slots).rows(self.share)
-        slots = slots[self.share]
-        numbers = Draws(self.seed, "augment", slots).uniform(NUMBERS)
-        first = position * self.data.batch_size + self.share.start
+        numbers = Draws(self.seed, "augment", slots[self.share]).uniform(NUMBERS)
+        places = position * self.data.batch_size + self.share
         bad: list[Bad] = []
-        images = [self.image(order, first + i, numbers[i], bad) for i in range(len(slots))]
-        return Batch(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), masks, bad)
+        made = [self.image(order, int(places[i]), numbers[i], bad) for i in range(len(places))]
+        images = torch.from_numpy(np.stack([pixels for pixels, _ in made])).permute(0, 3, 1, 2).contiguous()
+        return Batch(images, masks, np.array([index for _, index in made]), bad)
 
-    def image(self, order: np.ndarray, place: int, numbers: np.ndarray, bad: list[Bad]) -> np.ndarray:
-        """The image at a place of the order, or the next good one after it. uint8 [H, W, channels]."""
+    def image(self, order: np.ndarray, place: int, numbers: np.ndarray, bad: list[Bad]) -> tuple[np.ndarray, int]:
+        """The image at a place of the order, or the next good one after it: uint8 [H, W, channels], and its index."""
         for k in range(min(BAD_IN_A_ROW, len(order))):
             index = int(order[(place + k) % len(order)])
             try:
-                return augment(self.source.read(index), self.augment, self.image_size, self.channels, numbers)
+                raw = self.source.read(index)
+                return augment(raw, self.augment, self.image_size, self.channels, numbers), index
             except (BadImage, FileNotFoundError, PermissionError) as error:
                 bad.append(Bad(index, self.source.name(index), first_line(error)))
             except OSError as error:  # the disk or the network, not the image
@@ -139,6 +140,19 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     if images < batch_size:
         raise UserError(f"data.batch_size {batch_size} is larger than the data set of {images} images: lower it")
     return images // batch_size
+
+
+def share(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
+    """The slots of a step that one rank makes, int64 [batch_size / ranks]: of every accumulated part, its share.
+
+    So the parts, and with them the sums of a step, hold the same images on any number of ranks. Raises UserError.
+    """
+    if batch_size % (parts * ranks):
+        raise UserError(
+            f"data.batch_size {batch_size} is not divisible by {ranks} processes x optim.accumulate {parts}: "
+            f"the next that is is {-(-batch_size // (parts * ranks)) * parts * ranks}"
+        )
+    return np.arange(batch_size).reshape(parts, ranks, -1)[:, rank].ravel()
 
 
 def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
@@ -168,5 +182,5 @@ def _same(batch: Batch) -> Batch:
 
 def _ignore_signals(worker: int) -> None:
     """Signals reach the whole process group; the main process alone decides what they mean."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,16 +1,21 @@
-"""Checkpoints: written to a sibling folder, flushed, then renamed; whole or not there at all.
+"""Checkpoints: written beside the training to a sibling folder, flushed, then renamed; whole or not there at all.
 
-RUN/checkpoints/step-00001000/ holds weights.safetensors (all three networks), optimizer.safetensors and state.json
-(step, counters, environment). All randomness is a function of (seed, step), so there is no generator to save.
+RUN/checkpoints/step-00001000/ holds weights.safetensors (all networks), optimizer.safetensors (each in pieces, weights-00001
+…, where several ranks wrote), state.json (step, counters, environment) and checksums.txt, which `sha256sum -c` reads. Tensors
+go through torch.distributed.checkpoint, so any number of ranks under any strategy reads what any other wrote; its files are
+safetensors here, never pickles. All randomness is a function of (seed, step), so there is no generator to save.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +23,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openjepa.errors import UserError
-from openjepa.models.weights import load_strict
+from openjepa.engine import parallel
+from openjepa.errors import UserError, first_line
+from openjepa.models.weights import check_fit
+
+CHECKSUMS = "checksums.txt"
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no reason to warn
 
 
 @dataclass(frozen=True)
@@ -37,28 +45,81 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     def state(self) -> dict[str, Any]:
-        with reading(self.path / "state.json") as file:
-            loaded: dict[str, Any] = json.loads(file.read_text())
+        self.verify(self.files("state.json"))
+        with self.reading("state.json"):
+            loaded: dict[str, Any] = json.loads((self.path / "state.json").read_text())
             return loaded
 
     def weights(self) -> dict[str, Tensor]:
-        with reading(self.path / "weights.safetensors") as file:
-            return load_file(file)
+        """Every weight, whole, by name."""
+        return self.tensors("weights")
 
     def optimizer(self) -> dict[str, Tensor]:
-        with reading(self.path / "optimizer.safetensors") as file:
-            return load_file(file)
+        """The optimiser's tensors, whole, by their parameters' names: `encoder.norm.weight/exp_avg`."""
+        return self.tensors("optimizer")
 
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        self.verify(self.files(kind))
+        known = {k: v for k, v in self.shapes().items() if is_optimizer(k) == (kind == "optimizer")}
+        found = {name: torch.empty_like(shape, device="cpu") for name, shape in known.items()}
+        self.load(found, together=False)
+        return found
 
-@contextmanager
-def reading(file: Path) -> Iterator[Path]:
-    """Turns whatever a damaged file raises into one line that names it."""
-    try:
-        yield file
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {file.parent} is damaged ({file.name}: {error}): move it away to go on from the one before"
-        ) from error
+    def files(self, kind: str = "") -> list[str]:
+        """The names of its files, of one kind unless of all. Raises UserError where one is missing."""
+        names = [f.name for f in self.path.iterdir() if f.name != CHECKSUMS]
+        found = sorted({*names, *self.checksums()})
+        if missing := [name for name in found if name not in names]:
+            raise self.damaged(missing[0], "it is missing")
+        return [name for name in found if name.startswith(kind)]
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of each file; empty for a checkpoint of before there were any."""
+        file = self.path / CHECKSUMS
+        with self.reading(CHECKSUMS):
+            lines = file.read_text().splitlines() if file.exists() else []
+            return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+    def verify(self, names: list[str]) -> None:
+        """Raises UserError naming the first of these files that is not what was written."""
+        known = self.checksums()
+        for name in names if known else []:
+            with self.reading(name):
+                if sha256(self.path / name) != known.get(name):
+                    raise ValueError("its checksum is another than when it was written")
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Its tensors without their contents, from the files' headers."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        with self.reading("*.safetensors"):
+            known = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+            return {k: torch.empty(v.size, dtype=v.properties.dtype, device="meta") for k, v in known.items()}  # type: ignore[union-attr]
+
+    def load(self, into: dict[str, Tensor], together: bool) -> None:
+        """Fill tensors, whole or sharded, in place. together: all ranks do it, each for what it holds."""
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        with self.reading("*.safetensors"):
+            load(into, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=not together)
+
+    def damaged(self, file: str, reason: str) -> UserError:
+        return UserError(
+            f"checkpoint {self.path} is damaged ({file}: {reason}): move it away to go on from the one before"
+        )
+
+    @contextmanager
+    def reading(self, file: str) -> Iterator[None]:
+        """Turns whatever a damaged file raises into one line that names it."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise self.damaged(file, first_line(error)) from error
+        except Exception as error:
+            if reason := storage_failure(error):
+                raise self.damaged(file, reason) from error
+            raise
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
@@ -83,35 +144,133 @@ def locate(path: Path) -> tuple[Path, Checkpoint]:
     return path, all_here[-1]
 
 
-def save(run: Path, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int) -> None:
-    """Write a checkpoint and remove all but the newest `keep`.
+# ---------------------------------------------------------------- writing
 
-    Raises UserError if it cannot be written; those before it are untouched.
-    """
-    final = run / "checkpoints" / f"step-{step:08d}"
-    part = final.with_suffix(".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in method.state_dict().items()}, part / "weights.safetensors")
-        save_file(optimizer_state(method, optimizer), part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        for file in part.iterdir():
-            flush(file)
-        if final.exists():
-            shutil.rmtree(final)
+
+class Saver:
+    """Writes a run's checkpoints while it goes on, one at a time; on every rank, each its share."""
+
+    def __init__(self, run: Path, keep: int, keep_every: int = 0) -> None:
+        """keep: newest that stay; keep_every: steps between those that stay for good, 0 for none."""
+        self.run, self.keep, self.keep_every = run, keep, keep_every
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._group: Any = None
+        self._step = 0
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint: from here on training may change what is saved.
+
+        Raises UserError if the one before could not be written.
+        """
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        self.wait()
+        final = self.run / "checkpoints" / f"step-{step:08d}"
+        if final.exists():  # a run is a function of its step: it is this very checkpoint
+            return
+        part, self._step = final.with_suffix(".part"), step
+        if parallel.world_size() > 1:
+            self._group = self._group or parallel.side_group()
+        everything = {**weights(method), **optimizer_state(method, optimizer)}
+        kinds = {name: 2 if is_optimizer(name) else 1 for name in everything}
+        try:
+            if parallel.rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+            writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=kinds, save_distributed=True)
+            written = async_save(
+                everything, storage_writer=writer, process_group=self._group, no_dist=self._group is None
+            )
+        except Exception as error:
+            self._pending = failed(error)
+            self.wait()
+            return
+        self._pending = self._thread.submit(self._finish, written, part, final, {"step": step, **state})
+
+    def _finish(self, written: Any, part: Path, final: Path, state: dict[str, Any]) -> None:
+        written.result()  # of all ranks
+        if parallel.rank() > 0:
+            return
+        rename_pieces(part)
+        (part / "state.json").write_text(json.dumps(state, indent=1))
+        sums = [f"{sha256(file)}  {file.name}\n" for file in sorted(part.iterdir())]
+        (part / CHECKSUMS).write_text("".join(sums))
+        for path in (part / "state.json", part / CHECKSUMS, part, self.run):  # tensors are flushed by who wrote them
+            flush(path)
         part.rename(final)
         flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        older = checkpoints(run)
-        kept = f"the one of step {older[-1].step} is intact" if older else "there is no older one"
-        raise UserError(
-            f"cannot write the checkpoint of step {step} to {final.parent} ({error}); {kept}: "
-            "free some space and run the same command"
-        ) from error
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old.path)
+        for old in checkpoints(self.run)[: -self.keep]:
+            if not self.keep_every or old.step % self.keep_every:
+                shutil.rmtree(old.path)
+
+    @property
+    def trouble(self) -> bool:
+        """Whether it is known here that the checkpoint which is being written cannot be."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole. Raises UserError, on every rank, if it cannot be."""
+        if self._pending is None:
+            return
+        error = self._pending.exception()
+        self._pending = None
+        reasons = [r for r in parallel.gather(storage_failure(error) if error else None) if r]
+        if error and not reasons:
+            raise error
+        if reasons:
+            folder = self.run / "checkpoints"
+            if parallel.rank() == 0:
+                shutil.rmtree(folder / f"step-{self._step:08d}.part", ignore_errors=True)
+            older = checkpoints(self.run)
+            kept = f"the one of step {older[-1].step} is intact" if older else "there is no older one"
+            raise UserError(
+                f"cannot write the checkpoint of step {self._step} to {folder} ({reasons[0]}); {kept}: free some space, or "
+                "see who may write there, and run the same command"
+            ) from error
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+def save(run: Path, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Write one checkpoint and wait for it. Raises UserError."""
+    saver = Saver(run, keep=1)
+    try:
+        saver.save(step, method, optimizer, state)
+        saver.wait()
+    finally:
+        saver.close()
+
+
+def failed(error: Exception) -> Future[None]:
+    future: Future[None] = Future()
+    future.set_exception(error)
+    return future
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """What the disk said, in one line, dug out of what torch.distributed.checkpoint wraps it in; None if it was no disk."""
+    seen = [error, error.__cause__, *(wrapped[0] for wrapped in getattr(error, "failures", {}).values())]
+    for found in seen:
+        if isinstance(found, OSError | SafetensorError):
+            return getattr(found, "strerror", None) or first_line(found)
+    return None
+
+
+def rename_pieces(part: Path) -> None:
+    """From DCP's names, shard-00002-model-00001-of-00002.safetensors, to what is in them: weights-00002.safetensors."""
+    for number, kind in ((1, "weights"), (2, "optimizer")):
+        pieces = sorted(part.glob(f"shard-*-model-{number:05}-of-*.safetensors"))
+        for piece in pieces:
+            name = f"{kind}-{piece.name.split('-')[1]}" if len(pieces) > 1 else kind
+            piece.rename(part / f"{name}.safetensors")
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -123,25 +282,39 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------- what is in one
+
+
 def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and optimiser state, strictly. Raises UserError naming what does not fit."""
-    load_strict(method, checkpoint.weights(), str(checkpoint.path))
-    saved = checkpoint.optimizer()
+    """Load weights and optimiser state, strictly, on all ranks together. Raises UserError naming what does not fit."""
+    ours = weights(method) | zero_optimizer_state(method, optimizer)
+    theirs = checkpoint.shapes()
     anew = checkpoint.state().get("anew", [])  # what an imported checkpoint did not hold
     for name, parameter in learning(method):
-        entries = {k.rpartition("/")[2]: v for k, v in saved.items() if k.startswith(f"{name}/")}
-        if not entries and (checkpoint.step == 0 or name in anew):  # no step was taken on it yet
-            continue
-        if not entries:
-            raise UserError(f"checkpoint {checkpoint.path} has no optimiser state for {name}")
-        optimizer.state[parameter] = {
-            k: v if k == "step" and parameter.device.type == "cpu" else v.to(parameter.device)
-            for k, v in entries.items()
-        }
+        if not any(k.startswith(f"{name}/") for k in theirs) and (checkpoint.step == 0 or name in anew):
+            for key in optimizer.state.pop(parameter):  # no step was taken on it yet
+                del ours[f"{name}/{key}"]
+    check_fit(ours, theirs, str(checkpoint.path))
+    reason = None
+    try:
+        checkpoint.verify(checkpoint.files()[parallel.rank() :: parallel.world_size()])
+    except UserError as error:
+        reason = str(error)
+    if reasons := [r for r in parallel.gather(reason) if r]:
+        raise UserError(reasons[0])
+    checkpoint.load(ours, together=parallel.world_size() > 1)
+
+
+def is_optimizer(name: str) -> bool:
+    return "/" in name
 
 
 def learning(method: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+
+
+def weights(method: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in method.state_dict().items()}
 
 
 def optimizer_state(method: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -151,3 +324,14 @@ def optimizer_state(method: nn.Module, optimizer: Optimizer) -> dict[str, Tensor
         for name, parameter in learning(method)
         for key, value in optimizer.state[parameter].items()
     }
+
+
+def zero_optimizer_state(method: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's state before the first step, put in place."""
+    for _, parameter in learning(method):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer_state(method, optimizer)

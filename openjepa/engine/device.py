@@ -63,3 +63,19 @@ def has_fast_bf16(device: torch.device) -> bool:
             torch.mm(a, b)
             seconds[name][i] = time.perf_counter() - start
     return min(seconds["bf16"]) * 1.2 < min(seconds["fp32"])
+
+
+class Later:
+    """A few numbers on their way to the host. Reading them waits for what made them, and for nothing that was queued since."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values, self._there = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> list[float]:
+        if self._there:
+            self._there.synchronize()
+        return [float(value) for value in self._values.tolist()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -10,7 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from openjepa.data.stream import Batch, DataConfig
+from openjepa.data.stream import Bad, Batch, DataConfig
+from openjepa.engine import parallel
+from openjepa.engine.device import Later
+from openjepa.engine.launch import Roll
 from openjepa.engine.optim import Schedule
 from openjepa.engine.run import Run, memory_gib
 from openjepa.errors import UserError
@@ -26,8 +31,11 @@ class MonitorsConfig:
     log_every: int = 50  # steps
     knn_every: float = 1  # epochs, when there are labels; 0 never
     knn_images: int = 5000  # labelled images that it uses, a fifth of them as queries
+    max_bad_steps: int = 10  # in a row, not finite and skipped, at which the run stops
 
     def __post_init__(self) -> None:
+        if self.max_bad_steps < 1:
+            raise UserError(f"monitors.max_bad_steps is {self.max_bad_steps}: it must be at least 1")
         if self.log_every < 1 or self.knn_every < 0 or self.knn_images < 10:
             raise UserError("monitors: log_every must be at least 1, knn_every at least 0, knn_images at least 10")
 
@@ -67,8 +75,8 @@ def weight_distance(fast: nn.Module, slow: nn.Module) -> float:
     """Relative distance between context and target encoder: |fast - slow| / |slow|."""
     a: list[Tensor] = [*fast.parameters()]
     b: list[Tensor] = [*slow.parameters()]
-    difference = torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
-    return float(difference / torch.stack(torch._foreach_norm(b)).norm())
+    difference, size = (nn.utils.get_total_norm(x, foreach=True) for x in (torch._foreach_sub(a, b), b))
+    return float(parallel.whole(difference) / parallel.whole(size))
 
 
 def token_counts(masks: Masks) -> dict[str, float]:
@@ -95,8 +103,21 @@ def collapse_warning(statistics: dict[str, float], images: int, width: int) -> s
     )
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a step before its numbers are: they may still be on the device."""
+
+    step: int
+    batch: Batch
+    vitals: Later  # mean loss of all ranks, gradient norm, and their two wishes to stop
+    losses: Tensor  # each image's own, [B]
+
+
 class Watch:
-    """Times the steps and, every so many, measures, writes and warns. It never touches what is trained."""
+    """Times the steps, looks whether they were finite, and, every so many, measures, writes and warns.
+
+    It never touches what is trained. On a GPU it looks at a step when the next one is under way, so that nobody waits.
+    """
 
     def __init__(
         self,
@@ -108,40 +129,96 @@ class Watch:
         images: int,
         device: torch.device,
         knn: Callable[[], dict[str, float]] | None,
+        name: Callable[[int], str] = str,
+        dump: Callable[[int, Batch], str] | None = None,
+        roll: Roll | None = None,
     ) -> None:
+        """name: of the image with an index. dump: keeps a step (how many were done before it, its batch), and says where."""
         self.run, self.config, self.schedule, self.method = run, config, schedule, method
         self.data, self.images, self.device, self.knn = data, images, device, knn
+        self.name, self.dump, self.roll = name, dump, roll
         self.knn_every = max(1, round(config.knn_every * schedule.steps_per_epoch)) if config.knn_every else 0
         self._began = self._since = time.perf_counter()
         self._waited, self._steps, self._warned = 0.0, 0, False
+        self._bad_images: list[Bad] = []
+        self._unread: deque[Outcome] = deque()
+        self._bad_in_a_row = 0
 
-    def next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, counting the time it took to come."""
+    def next(self, step: int, batches: Iterator[Batch]) -> Batch:
+        """The batch of a step, counting the time it took to come."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
+        if self.roll:
+            self.roll.begin(step)
         return batch
 
-    def after_step(self, step: int, batch: Batch, loss: Tensor, norm: Tensor, features: Tensor) -> None:
-        """step: how many are done; features: the target encoder's [B, N, D]."""
+    def after_step(self, outcome: Outcome, features: Tensor) -> None:
+        """outcome.step: how many are done; features: the target encoder's [B, N, D]."""
+        step = outcome.step
         self._steps += 1
-        self.run.note_bad(batch.bad, self.data.max_bad, self.images)
+        self._bad_images += outcome.batch.bad
+        self._unread.append(outcome)
         last = step == self.schedule.steps
         if step % self.config.log_every == 0 or last:
-            self.refuse_nonfinite(step, loss, norm)
-            self.write(step, batch, loss, norm, features)
+            self.settle()
+            self.note_bad_images()
+            self.write(step, outcome.batch, outcome.vitals, features)
+        self.settle(but=int(self.device.type == "cuda"))
         if self.knn and self.knn_every and (step % self.knn_every == 0 or last):
             start = time.perf_counter()
             scores = self.knn()
             self.run.log(step, scores, f"step {step:>{len(str(self.schedule.steps))}}  " + describe(scores))
             self._since += time.perf_counter() - start
 
-    def write(self, step: int, batch: Batch, loss: Tensor, norm: Tensor, features: Tensor) -> None:
+    def settle(self, but: int = 0) -> None:
+        """Read what steps came to, all but the newest so many. The same on every rank, whatever it meets.
+
+        Raises UserError, with the last of them kept, after too many in a row that were not finite.
+        """
+        while len(self._unread) > but:
+            outcome = self._unread.popleft()
+            loss, norm, *wishes = outcome.vitals.read()
+            self.run.heed((wishes[0], wishes[1]))
+            if math.isfinite(loss) and math.isfinite(norm):
+                self._bad_in_a_row = 0
+                continue
+            self._bad_in_a_row += 1
+            guilty = outcome.batch.indices[~torch.isfinite(outcome.losses).cpu().numpy()].tolist()
+            named = [name for names in parallel.gather([self.name(i) for i in guilty]) for name in names]
+            if not named:  # the gradient alone
+                named = [
+                    n
+                    for names in parallel.gather([self.name(i) for i in outcome.batch.indices.tolist()])
+                    for n in names
+                ]
+            self.run.note_bad_step(outcome.step, loss, norm, named)
+            if self._bad_in_a_row >= self.config.max_bad_steps and not self._unread:
+                self.give_up(outcome, loss)
+
+    def give_up(self, outcome: Outcome, loss: float) -> None:
+        kept = self.dump(outcome.step - 1, outcome.batch) if self.dump else None
+        raise UserError(
+            f"{self._bad_in_a_row} steps in a row were not finite, the last is step {outcome.step} (loss {loss:g}): the last "
+            "checkpoint is intact; begin again in another --out with a lower optim.lr, optim.clip_norm 1, or precision fp32"
+            + (f"; to see where it comes from: openjepa replay {kept}" if kept else "")
+        )
+
+    def note_bad_images(self) -> None:
+        """Of all ranks. Raises UserError, on all of them, when they are too many."""
+        mine, self._bad_images = self._bad_images, []
+        self.run.note_bad([b for bad in parallel.gather(mine) for b in bad], self.data.max_bad, self.images)
+
+    def write(self, step: int, batch: Batch, vitals: Later, features: Tensor) -> None:
+        """Loss and norm are of all ranks; what is said of features, of this one's images. Nothing of a step that was skipped."""
         now = time.perf_counter()
+        loss, norm, *_ = vitals.read()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return
         seconds = max(1e-9, now - self._since)
         statistics = feature_statistics(features)
         values = {
-            "loss": loss.item(),
+            "loss": loss,
             **statistics,
             "encoder_distance": weight_distance(
                 cast(nn.Module, self.method.encoder), cast(nn.Module, self.method.target_encoder)
@@ -150,7 +227,8 @@ class Watch:
             "lr": self.schedule.lr(step - 1),
             "weight_decay": self.schedule.weight_decay(step - 1),
             "ema_momentum": self.schedule.momentum(step - 1),
-            "gradient_norm": norm.item(),
+            "gradient_norm": norm,
+            "skipped_steps": self.run.skipped,
             "images_per_s": self._steps * self.data.batch_size / seconds,
             "data_wait_share": min(1.0, self._waited / seconds),
             "memory_gib": memory_gib(self.device),
@@ -169,14 +247,6 @@ class Watch:
             self.run.warn(warning)
         self._warned = self._warned or bool(warning and step > self.schedule.warmup)
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-    def refuse_nonfinite(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Raises UserError, at every log line and before every checkpoint: what is saved is always finite."""
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise UserError(
-                f"the loss or its gradient is not finite at step {step} (loss {loss.item():g}): the last checkpoint is intact; "
-                "begin again in another --out with a lower optim.lr, optim.clip_norm 1, or precision fp32"
-            )
 
 
 def describe(scores: dict[str, float]) -> str:

@@ -4,8 +4,11 @@ RUN/recipe.yaml          the resolved recipe
 RUN/data.json            what it trains on, with a fingerprint
 RUN/metrics.jsonl        one line each time something is logged
 RUN/bad_images.txt       images that could not be read
+RUN/bad_steps.txt        steps whose loss or gradient was not finite
 RUN/tensorboard/         the same numbers as curves
 RUN/checkpoints/         see checkpoint.py
+
+Of several ranks the first alone writes, all but the checkpoints.
 """
 
 from __future__ import annotations
@@ -28,12 +31,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from openjepa.data.stream import Bad
-from openjepa.engine import checkpoint
-from openjepa.engine.checkpoint import Checkpoint
+from openjepa.engine import checkpoint, parallel
+from openjepa.engine.checkpoint import Checkpoint, Saver
+from openjepa.engine.parallel import Strategy
 from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError
+from openjepa.models.layers import Recompute
 
 INTERRUPTED = 130  # exit status after Ctrl-C
+REQUEUE = 75  # after SIGTERM or SIGUSR1: EX_TEMPFAIL, "try again", for schedulers that requeue by exit status
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,60 +50,96 @@ class MachineConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
     workers: int = 0  # processes that load images
     compile: bool = False  # torch.compile the method
+    strategy: Strategy = "ddp"  # over several processes: each holds all, or fsdp: each a share of every parameter
+    recompute: Recompute = "none"  # activations in backward: selective all but matrix products and attention, or full
+    patience_s: float = 600  # that a step may take before the process it waits for is named and the job ends
     checkpoint_every: float = 1  # epochs
     keep: int = 2  # newest checkpoints that stay
+    keep_every: float = 0  # epochs between checkpoints that stay for good; 0 none
     wandb: str | None = None  # Weights & Biases project to log to
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise UserError(f"machine.workers is {self.workers}: it must not be negative")
-        if self.checkpoint_every <= 0 or self.keep < 1:
-            raise UserError("machine.checkpoint_every must be above 0 and machine.keep at least 1")
+        if self.checkpoint_every <= 0 or self.keep < 1 or self.keep_every < 0 or self.patience_s <= 0:
+            raise UserError(
+                "machine.checkpoint_every and machine.patience_s must be above 0, machine.keep at least 1, machine.keep_every "
+                "not negative"
+            )
 
 
 class Interrupted(Exception):
-    """The run stopped between two steps because it was asked to; its checkpoint is written."""
+    """The run stopped between two steps because it was asked to; its checkpoint is written.
+
+    status: what the process is to exit with.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Run:
     """Use as a context manager: signals then mean "finish the step, write a checkpoint, stop"."""
 
-    def __init__(self, path: Path, keep: int, console: Console) -> None:
-        self.path, self.keep, self.console = path, keep, console
+    def __init__(self, path: Path, keep: int, console: Console, keep_every: int = 0) -> None:
+        """keep, keep_every: as Saver has them."""
+        self.path, self.console = path, console
+        self.main = parallel.rank() == 0
+        self.saver = Saver(path, keep, keep_every)
         found = checkpoint.checkpoints(path)
         self.resumed: Checkpoint | None = found[-1] if found else None
         self.step = self.resumed.step if self.resumed else 0
-        self.bad: dict[str, str] = self.resumed.state().get("bad_images", {}) if self.resumed else {}
-        self.stopping = False
+        state = self.resumed.state() if self.resumed else {}
+        self.bad: dict[str, str] = state.get("bad_images", {})
+        self.skipped: int = state.get("skipped_steps", 0)  # steps that were not finite
+        self.signal = 0  # that this process was sent
+        self.stopping: int | None = None  # the exit status, once all ranks know that one of them was
         self._metrics: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Run:
-        self._trim_metrics()
-        self._metrics = open(self.path / "metrics.jsonl", "a")
-        for number in (signal.SIGINT, signal.SIGTERM):
+        if self.main:
+            self._trim_metrics()
+            self._metrics = open(self.path / "metrics.jsonl", "a")
+        for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._metrics:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
+        try:
+            if kind is None:
+                self.saver.wait()
+        finally:
+            self.saver.close()
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            if self._metrics:
+                self._metrics.close()
+            if self._board:
+                self._board.close()
+            if self._wandb:
+                self._wandb.finish()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:
+        if self.signal:
             os._exit(128 + number)
-        self.stopping = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        self.signal = number
+        if self.main:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def wishes(self) -> tuple[float, float]:
+        """Whether this process wants the run to stop for good, and to stop and be started again."""
+        return float(self.signal == signal.SIGINT or self.saver.trouble), float(self.signal not in (0, signal.SIGINT))
+
+    def heed(self, wishes: tuple[float, float]) -> None:
+        """wishes: means over all ranks; one that wants to stop is enough."""
+        if any(wishes) and self.stopping is None:
+            self.stopping = REQUEUE if wishes[1] else INTERRUPTED
 
     def _trim_metrics(self) -> None:
         """Forget what was logged after the checkpoint that we go on from."""
@@ -107,6 +150,8 @@ class Run:
 
     def open_boards(self, wandb_project: str | None) -> None:
         """TensorBoard, and Weights & Biases when asked for."""
+        if not self.main:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.step or None)
@@ -119,7 +164,8 @@ class Run:
 
     def log(self, step: int, values: dict[str, float], line: str | None = None) -> None:
         """Write numbers to every log; `line` is what a person sees."""
-        assert self._metrics is not None
+        if self._metrics is None:
+            return
         record = {"step": step, **{k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}}
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
@@ -143,8 +189,9 @@ class Run:
         if not new:
             return
         self.bad |= new
-        lines = [f"{name}\t{reason}\n" for name, reason in self.bad.items()]
-        (self.path / "bad_images.txt").write_text("".join(lines))
+        if self.main:
+            lines = [f"{name}\t{reason}\n" for name, reason in self.bad.items()]
+            (self.path / "bad_images.txt").write_text("".join(lines))
         for name, reason in new.items():
             self.warn(f"unreadable image {name} ({reason}); the next one takes its place")
         if len(self.bad) > limit * images:
@@ -154,10 +201,20 @@ class Run:
                 f"{name} ({reason}), all are in {self.path / 'bad_images.txt'}"
             )
 
+    def note_bad_step(self, step: int, loss: float, norm: float, images: list[str]) -> None:
+        """Count and name a step that changed nothing, because its loss or its gradient was not finite."""
+        self.skipped += 1
+        whose = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
+        about = f"loss {loss:g}, gradient norm {norm:g}; images: {whose}"
+        self.warn(f"step {step} is not finite and was skipped ({about})")
+        if self.main:
+            with open(self.path / "bad_steps.txt", "a") as file:
+                file.write(f"{step}\t{loss:g}\t{norm:g}\t{', '.join(images)}\n")
+
     def save(self, step: int, method: nn.Module, optimizer: Optimizer) -> None:
-        state = {"bad_images": self.bad, "environment": environment()}
-        checkpoint.save(self.path, step, method, optimizer, state, self.keep)
-        self.step = step
+        """Begin to write a checkpoint. Raises UserError if the one before could not be written."""
+        state = {"bad_images": self.bad, "skipped_steps": self.skipped, "environment": environment()}
+        self.saver.save(step, method, optimizer, state)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from torch.optim import AdamW
 from openjepa import rng
 from openjepa.data.stream import Batch
 from openjepa.engine import parallel
-from openjepa.engine.monitors import Watch
+from openjepa.engine.device import Later
+from openjepa.engine.monitors import Outcome, Watch
 from openjepa.engine.optim import Schedule, set_rates
 from openjepa.engine.run import Interrupted, Run
 from openjepa.masking import Masks
@@ -27,7 +28,7 @@ class Method(Protocol):
     target_encoder: ViT
 
     def __call__(self, images: Tensor, masks: Masks) -> dict[str, Tensor]: ...
-    def after_step(self, momentum: float) -> None: ...
+    def after_step(self, momentum: float, learned: float | Tensor = 1.0) -> None: ...
 
 
 def train(
@@ -39,47 +40,55 @@ def train(
     watch: Watch,
     *,
     forward: Callable[[Batch], dict[str, Tensor]],
+    accumulating: Callable[[bool], AbstractContextManager[None]],
     autocast: Callable[[], AbstractContextManager[None]],
     save_every: int,
     seed: int,
 ) -> None:
     """From the run's step to the schedule's end: a function of its arguments, wherever it started.
 
-    forward: from a batch on the device to `loss` and `features`. save_every: steps between checkpoints.
-    Raises Interrupted, after the checkpoint, when the run was asked to stop; UserError when the loss is not finite.
+    forward: from a batch on the device to `loss`, `losses` and `features`. accumulating: around each part of a batch; says
+    whether it is the last. save_every: steps between checkpoints. A step that is not finite on any rank changes nothing.
+    Raises Interrupted, after the checkpoint, when the run was asked to stop; UserError when too many steps are not finite.
     """
-    accumulate = schedule.optim.accumulate
+    parts = schedule.optim.accumulate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     method.train()
     for step in range(run.step, schedule.steps):
-        batch = watch.next(batches)
-        torch.manual_seed((rng.key(seed, "step") + step) % 2**63)  # drop path, if any
+        batch = watch.next(step, batches)
+        torch.manual_seed((rng.key(seed, "step") + step + parallel.rank()) % 2**63)  # drop path, if any
         set_rates(optimizer, schedule.lr(step), schedule.weight_decay(step))
-        loss = torch.zeros((), device=device)
-        for part in batch.parts(accumulate):
-            with autocast():
-                out = forward(part.to(device))
-            (out["loss"] / accumulate).backward()
-            loss += out["loss"].detach() / accumulate
-        parallel.average_gradients(method)
+        losses = []
+        for i, part in enumerate(batch.parts(parts)):
+            with accumulating(i == parts - 1):
+                with autocast():
+                    out = forward(part.to(device))
+                (out["loss"] / parts).backward()
+            losses.append((out["loss"].detach(), out["losses"]))
+        loss = torch.stack([loss for loss, _ in losses]).mean()
+        vitals = parallel.mean(torch.stack([loss, *loss.new_tensor(run.wishes())]))
         norm = gradient_norm(parameters, schedule.optim.clip_norm)
+        learned = (vitals[0].isfinite() & norm.isfinite()).float()  # stays on the device; the same on every rank
+        optimizer.found_inf = 1 - learned  # type: ignore[attr-defined]  # where torch's fused kernels look whether to step
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step(schedule.momentum(step))  # type: ignore[operator]
+        method.after_step(schedule.momentum(step), learned)  # type: ignore[operator]
         done = step + 1
-        watch.after_step(done, batch, loss, norm, out["features"])
+        told = Later(torch.stack([vitals[0], norm, *vitals[1:]]))
+        watch.after_step(Outcome(done, batch, told, torch.cat([each for _, each in losses])), out["features"])
         if run.stopping or done % save_every == 0 or done == schedule.steps:
-            watch.refuse_nonfinite(done, loss, norm)
+            watch.settle()
             run.save(done, method, optimizer)
         if run.stopping and done < schedule.steps:
-            raise Interrupted(f"checkpoint of step {done} written to {run.path}")
+            run.saver.wait()
+            raise Interrupted(f"checkpoint of step {done} written to {run.path}", run.stopping)
 
 
 def gradient_norm(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """The norm of all gradients, clipped to `limit` when there is one. Stays on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = parallel.whole(nn.utils.get_total_norm(gradients, foreach=True))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
     return norm

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openjepa.errors import UserError
 from openjepa.masking import Masks
-from openjepa.models.layers import Ragged, compile_blocks, take
+from openjepa.models.layers import Ragged, Recompute, compile_blocks, follow, recompute_blocks, take
 from openjepa.models.predictor import Predictor, PredictorConfig
 from openjepa.models.vit import ViT, ViTConfig
 
@@ -39,11 +39,11 @@ class LossConfig:
         return self.variance > 0 or self.covariance > 0
 
     def __call__(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """predictions, targets: [B, M, T, D]. Returns a scalar."""
+        """predictions, targets: [B, M, T, D]. Returns each image's own, [B]; a batch's loss is their mean."""
         predictions = predictions.float()
         if self.kind == "released":
-            return F.smooth_l1_loss(predictions, targets)
-        return (predictions - targets).square().sum((2, 3)).mean()  # section 3, "Loss"
+            return F.smooth_l1_loss(predictions, targets, reduction="none").mean((1, 2, 3))
+        return (predictions - targets).square().sum((2, 3)).mean(1)  # section 3, "Loss"
 
     def regulariser(self, projected: Tensor) -> Tensor:
         """Variance and covariance terms (VICReg, Bardes et al., 2022; C-JEPA, Mo & Tong, 2024, arXiv 2410.19560).
@@ -84,15 +84,19 @@ class IJEPA(nn.Module):
         """Compile what repeats; the predictor's final block is of a kind of its own and not worth the wait."""
         compile_blocks(self.encoder.blocks, self.target_encoder.blocks, list(self.predictor.blocks)[:-1])
 
-    def forward(self, images: Tensor, masks: Masks) -> dict[str, Tensor]:
-        """images: [B, channels, H, W], normalised. Returns `loss` (scalar) and `features` [B, N, D].
+    def recompute_blocks(self, how: Recompute) -> None:
+        """Trade time for memory in what has a backward pass."""
+        recompute_blocks(how, self.encoder.blocks, self.predictor.blocks)
 
-        `features` are the target encoder's, of every patch, without gradient: for the monitors.
+    def forward(self, images: Tensor, masks: Masks) -> dict[str, Tensor]:
+        """images: [B, channels, H, W], normalised. Returns `loss` (scalar), `losses` [B] and `features` [B, N, D].
+
+        For the monitors, without gradient: `losses`, each image's own, and `features`, the target encoder's of every patch.
         """
         features = self.target_encoder_features(images)  # B N D
         targets = self.targets(features, masks)  # B M T D
-        losses = [self.context_loss(images, masks, c, targets) for c in range(masks.context.shape[1])]
-        return {"loss": torch.stack(losses).mean(), "features": features}
+        losses = torch.stack([self.context_loss(images, masks, c, targets) for c in range(masks.context.shape[1])])
+        return {"loss": losses.mean(), "losses": losses.detach().mean(0), "features": features}
 
     @torch.no_grad()
     def target_encoder_features(self, images: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class IJEPA(nn.Module):
         return take(features.float(), masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])
 
     def context_loss(self, images: Tensor, masks: Masks, c: int, targets: Tensor) -> Tensor:
-        """One context's prediction error, and the regulariser if there is one."""
+        """One context's prediction errors, [B], and the regulariser of the batch on each if there is one."""
         context, visible, ragged = self.encode_context(images, masks, c)
         loss = self.loss(self.predictor(context, visible, masks.targets, ragged), targets)
         if self.projector is None:
@@ -128,9 +132,6 @@ class IJEPA(nn.Module):
             ragged = Ragged(torch.arange(visible.shape[1], device=visible.device) < masks.lengths, masks.total)
         return self.encoder(images, visible, ragged), visible, ragged
 
-    @torch.no_grad()
-    def after_step(self, momentum: float) -> None:
-        """The target encoder follows by exponential moving average, in one fused operation."""
-        torch._foreach_lerp_(
-            list(self.target_encoder.parameters()), list(self.encoder.parameters()), weight=1.0 - momentum
-        )
+    def after_step(self, momentum: float, learned: float | Tensor = 1.0) -> None:
+        """The target encoder follows by exponential moving average. learned: 0 after a step that changed nothing."""
+        follow(self.target_encoder, self.encoder, (1.0 - momentum) * learned)

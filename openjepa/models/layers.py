@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,39 @@ def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
     """
     for block in chain(*stacks):
         block.compile(dynamic=True)
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def recompute_blocks(how: Recompute, *stacks: Iterable[nn.Module]) -> None:
+    """Keep fewer activations of transformer blocks for backward, in place, and compute the others once more there.
+
+    full: keeps a block's input alone; selective: its matrix products and attention too, which are the costly ones.
+    """
+    if how == "none":
+        return
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = any(word in str(op) for word in ("mm", "attention", "attn"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    for block in chain(*stacks):
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, weight: float | Tensor) -> None:
+    """slow += weight * (fast - slow), parameter by parameter in one fused operation; of shards, each its own.
+
+    weight: a number, or a scalar on the parameters' device, which is not asked for its value.
+    """
+    ours, theirs = ([p.to_local() if hasattr(p, "to_local") else p for p in m.parameters()] for m in (slow, fast))
+    torch._foreach_lerp_(ours, theirs, [weight] * len(ours) if isinstance(weight, Tensor) else weight)
 
 
 # ---------------------------------------------------------------- patches and positions

@@ -134,7 +134,7 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
             "header": imported.header,
             "anew": anew,
         }
-        checkpoint.save(folder, imported.step, method, optimizer, state, keep=1)
+        checkpoint.save(folder, imported.step, method, optimizer, state)
         write_whole(folder / "recipe.yaml", to_yaml(recipe))
     return notes
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from torch import Tensor
 
 from openjepa.data.sources import Source, open_source
-from openjepa.data.stream import Batch, Steps, batches, steps_per_epoch
+from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device, pick_precision
+from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run
@@ -29,30 +32,47 @@ from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
+from openjepa.recipes.replay import dump
 from openjepa.rng import key, permutation
 
 BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part")  # what a start that was killed at once leaves
 
 
 def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> IJEPA:
-    """Pretrain, or go on with what `out` holds.
+    """Pretrain, or go on with what `out` holds; together with the processes that were launched beside this one.
 
-    console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after Ctrl-C.
+    console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after a
+    signal.
     """
-    out, console = Path(out), console or Console()
+    with joined() as roll:
+        return pretrain_together(recipe, data, Path(out), console or Console(), roll)
+
+
+def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, roll: Roll | None) -> IJEPA:
+    if parallel.rank() > 0:
+        console = Console(quiet=True)
+    if roll:
+        roll.patience = recipe.machine.patience_s
     device = pick_device(recipe.machine.device)
     recipe = settled(recipe, out, device)
+    mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
     source = open_source(data, recipe.model.image_size)
     schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
     method = build(recipe).to(device)
-    optimizer = build_optimizer(method, recipe.optim)
     if (begun := checkpoint.checkpoints(out)) and begun[-1].step > schedule.steps:
         raise UserError(
             f"{out} is at step {begun[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
             "raise schedule.epochs"
         )
-    prepare(out, recipe, data, source)
-    run = Run(out, recipe.machine.keep, console)
+    if parallel.rank() == 0:
+        prepare(out, recipe, data, source)
+    parallel.barrier()
+    method.recompute_blocks(recipe.machine.recompute)
+    if recipe.machine.compile:
+        method.compile_blocks()
+    model = parallel.spread(method, recipe.machine.strategy, device, recipe.precision == "bf16")
+    optimizer = build_optimizer(method, recipe.optim)
+    run = Run(out, recipe.machine.keep, console, round(recipe.machine.keep_every * schedule.steps_per_epoch))
     if run.resumed:
         checkpoint.restore(run.resumed, method, optimizer)
         console.print(f"going on from step {run.step} of {schedule.steps} in {out}", highlight=False)
@@ -67,22 +87,31 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
         recipe.model.grid,
         recipe.model.channels,
         recipe.seed,
-        parallel.rank(),
-        parallel.world_size(),
+        mine,
     )
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
-    if recipe.machine.compile:
-        method.compile_blocks()
 
     def forward(batch: Batch) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = method(normalise(batch.images), batch.masks)
+        out: dict[str, Tensor] = model(normalise(batch.images), batch.masks)
         return out
 
     with run:
         run.open_boards(recipe.machine.wandb)
         knn = online_knn(source, recipe, method.target_encoder, normalise, autocast)
-        watch = Watch(run, recipe.monitors, schedule, method, recipe.data, len(source), device, knn)
+        watch = Watch(
+            run,
+            recipe.monitors,
+            schedule,
+            method,
+            recipe.data,
+            len(source),
+            device,
+            knn,
+            name=source.name,
+            dump=lambda done, batch: str(dump(out, recipe, done, batch, method, optimizer)),
+            roll=roll,
+        )
         train(
             method,
             batches(steps, run.step, schedule.steps, recipe.machine.workers, pin=device.type == "cuda"),
@@ -91,6 +120,7 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
             run,
             watch,
             forward=forward,
+            accumulating=partial(parallel.accumulating, model),
             autocast=autocast,
             save_every=max(1, round(recipe.machine.checkpoint_every * schedule.steps_per_epoch)),
             seed=recipe.seed,
@@ -179,11 +209,13 @@ def online_knn(
     chosen = permutation(recipe.seed, "online knn", 0, len(source))[: recipe.monitors.knn_images]
     cut = max(1, len(chosen) // 5)
     view = View(recipe.model.image_size, recipe.model.channels)
-    images = Images(source, chosen, view, skip_bad=True)
+    ranks = parallel.world_size()
+    mine = np.resize(chosen, -(-len(chosen) // ranks) * ranks)[parallel.rank() :: ranks]
+    images = Images(source, mine, view, skip_bad=True)
     extractor = EncoderFeatures(Encoder(encoder, normalise, "target_encoder").eval(), view, autocast, "", layers=1)
 
     def knn() -> dict[str, float]:
-        features = extract(extractor, images)[:, -1]
+        features = parallel.interleaved(extract(extractor, images)[:, -1])[: len(chosen)]
         scores = {}
         for task in tasks:
             labels = torch.from_numpy(source.labels[task][chosen])
