@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from openjepa.data.sources import Source, open_source
+from openjepa.engine.checkpoint import CHECKSUMS, checkpoints
 from openjepa.errors import UserError
 from openjepa.evaluate import features, suite
 from openjepa.evaluate.features import EncoderFeatures, Images, PixelFeatures, View, extract, stored
@@ -253,10 +254,11 @@ def test_another_checkpoint_at_the_same_path_is_another_question(run, folder, ca
     from safetensors.torch import load_file, save_file
 
     first = {r["of"]: r for r in ask(run, folder, {}, protocols=["knn"])}
-    file = sorted((run / "checkpoints").iterdir())[-1] / "weights.safetensors"
-    weights = load_file(file)
+    newest = checkpoints(run)[-1].path
+    weights = load_file(newest / "weights.safetensors")
     weights["target_encoder.norm.weight"] *= -torch.arange(24)
-    save_file(weights, file)
+    save_file(weights, newest / "weights.safetensors")
+    (newest / CHECKSUMS).unlink()  # as of before there were any
     capsys.readouterr()
     second = {r["of"]: r for r in ask(run, folder, {}, protocols=["knn"])}
     assert "2 answers were there" in capsys.readouterr().out  # the controls'

@@ -43,14 +43,6 @@ def test_every_source_knows_its_labels(three_sources):
     assert three_sources[0].classes["label"] == three_sources[1].classes["label"] == ["blue", "red"]
 
 
-def test_ranks_share_out_the_global_batch(folder):
-    source = open_source(str(folder))
-    whole_batch = steps_of(source).batch(3)
-    parts = [steps_of(source, rank=r, world_size=2).batch(3) for r in range(2)]
-    assert torch.equal(torch.cat([p.images for p in parts]), whole_batch.images)
-    assert torch.equal(torch.cat([p.masks.context for p in parts]), whole_batch.masks.context)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_and_restarts_change_nothing(folder, workers):
     steps = steps_of(open_source(str(folder)))

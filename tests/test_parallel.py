@@ -1,0 +1,240 @@
+"""Claims about several processes: their number changes nothing, and whatever happens to one, one clear error ends the job."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from openjepa.data.augment import AugmentConfig
+from openjepa.data.sources import open_source
+from openjepa.data.stream import DataConfig, Steps, share
+from openjepa.engine.checkpoint import checkpoints
+from openjepa.errors import UserError
+from openjepa.masking import MaskingConfig
+from openjepa.recipes.recipe import Recipe, override, to_yaml
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning:openjepa"}
+
+RUNS = """
+import sys
+from rich.console import Console
+from openjepa.engine.launch import joined
+from openjepa.recipes.pretrain import pretrain
+from openjepa.recipes.recipe import Recipe, from_dict, override
+import yaml
+recipe = from_dict(Recipe, yaml.safe_load(open(sys.argv[1])))
+data, out = sys.argv[2:4]
+with joined():
+    for name, values in {runs}:
+        pretrain(override(recipe, values), data, f"{{out}}/{{name}}", Console(quiet=True))
+"""
+
+
+def launch(ranks: int, code: str, tmp: Path, *words: object, wait: bool = True) -> subprocess.Popen:
+    """torchrun of a program, on so many processes; its output is read when it has ended."""
+    program = tmp / "program.py"
+    program.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [*torchrun, str(program), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    if wait:
+        process.out, process.err = process.communicate(timeout=400)  # type: ignore[attr-defined]
+    return process
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [m["loss"] for m in map(json.loads, lines) if "loss" in m]
+
+
+@pytest.fixture(scope="module")
+def fifty() -> Recipe:
+    from tests.conftest import TINY
+
+    values = {"schedule.epochs": "10", "monitors.knn_every": "10", "optim.accumulate": "2", "machine.keep": "9"}
+    from openjepa.recipes.recipe import from_dict
+
+    return override(from_dict(Recipe, TINY), values)
+
+
+@pytest.fixture(scope="module")
+def many(fifty, folder, tmp_path_factory) -> Path:
+    """Fifty steps of one recipe on 1, 2 and 4 ranks, and one run that goes from each to another."""
+    out = tmp_path_factory.mktemp("ranks")
+    config = out / "recipe.yaml"
+    config.write_text(to_yaml(fifty))
+    fsdp = {"machine.strategy": "fsdp", "machine.recompute": "selective"}
+    plans = {
+        1: [("one", {}), ("full", {"machine.recompute": "full"})],
+        2: [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {})],
+        4: [("ddp-4", {}), ("fsdp-4", {**fsdp, "machine.recompute": "full"}), ("moved", fsdp)],
+    }
+    for ranks, runs in plans.items():
+        if ranks > 1:  # as if it had been stopped there
+            moved = out / "moved"
+            source = out / {2: "one", 4: "moved"}[ranks]
+            if not moved.exists():
+                subprocess.run(["cp", "-r", str(source), str(moved)], check=True)
+            for newer in [c for c in checkpoints(moved) if c.step > {2: 15, 4: 30}[ranks]]:
+                subprocess.run(["rm", "-r", str(newer.path)], check=True)
+        done = launch(ranks, RUNS.format(runs=runs), out, config, folder, out)
+        assert done.returncode == 0, done.err[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("name", ["full", "ddp-2", "fsdp-2", "ddp-4", "fsdp-4", "moved"])
+def test_the_number_of_ranks_and_the_strategy_change_no_loss(many, name):
+    expected, found = losses(many / "one"), losses(many / name)
+    assert len(expected) == len(found) == 50
+    assert np.allclose(expected, found, rtol=1e-5, atol=0)
+
+
+def test_every_checkpoint_of_any_ranks_is_one_encoder(many):
+    reference = checkpoints(many / "one")[-1].weights()
+    for name in ("ddp-2", "fsdp-2", "fsdp-4", "moved"):
+        found = checkpoints(many / name)[-1].weights()
+        assert found.keys() == reference.keys()
+        for (
+            key,
+            expected,
+        ) in reference.items():  # AdamW's first steps divide by gradients near 0: sums' order shows there
+            assert torch.allclose(found[key], expected, rtol=1e-3, atol=1e-4), (name, key)
+    assert len(list(checkpoints(many / "fsdp-4")[-1].path.glob("weights-*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("context", ["even", "packed"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_out_the_very_batch_of_one(folder, ranks, context):
+    source = open_source(str(folder))
+
+    def batch(which: np.ndarray | None):
+        masking = MaskingConfig(context=context)
+        return Steps(source, DataConfig(batch_size=16), AugmentConfig(), masking, (32, 32), (8, 8), 3, 0, which).batch(
+            3
+        )
+
+    whole = batch(None)
+    for part in range(2):
+        for rank in range(ranks):
+            slots = share(16, 2, rank, ranks)
+            mine = batch(slots)
+            assert torch.equal(mine.images, whole.images[slots])
+            assert np.array_equal(mine.indices, whole.indices[slots])
+            assert torch.equal(mine.masks.context, whole.masks.context[slots])
+            assert torch.equal(mine.masks.targets, whole.masks.targets[slots])
+        together = np.concatenate([np.split(share(16, 2, rank, ranks), 2)[part] for rank in range(ranks)])
+        assert sorted(together) == list(range(8 * part, 8 * part + 8))  # the same parts on any number of ranks
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_next_that_can():
+    with pytest.raises(UserError, match=r"not divisible by 3 processes x optim.accumulate 2: the next that is is 12"):
+        share(8, 2, 0, 3)
+
+
+# ---------------------------------------------------------------- faults
+
+FAULTY = """
+import os, sys, time
+import torch
+from openjepa import cli
+from openjepa.engine import launch, monitors
+launch.TICK = 0.1
+launch.GRACE = 1.0
+rank, fault = int(os.environ["RANK"]), sys.argv.pop(1)
+begin = launch.Roll.begin
+def meet(self, step):
+    if step == 7 and rank == 1:
+        if fault == "raise": raise ValueError("a fault of rank 1")
+        if fault == "kill": os.kill(os.getpid(), 9)
+        if fault == "hang": time.sleep(1000)
+        if fault == "term": os.kill(os.getpid(), 15)
+    begin(self, step)
+launch.Roll.begin = meet
+if fault == "bad":
+    from openjepa.methods.ijepa import IJEPA
+    forward, seen = IJEPA.forward, []
+    def odd(self, images, masks):
+        seen.append(1)
+        if rank == 1 and len(seen) in (4, 6, 7):
+            images = images.clone(); images[1] = float("nan")
+        return forward(self, images, masks)
+    IJEPA.forward = odd
+cli.main()
+"""
+
+
+def faulty(fault: str, tiny: Recipe, folder: Path, tmp: Path, **values: str) -> tuple[subprocess.Popen, float]:
+    config = tmp / "recipe.yaml"
+    config.write_text(to_yaml(override(tiny, {"schedule.epochs": "4", **values})))
+    start = time.monotonic()
+    words = ("pretrain", "--config", config, "--data", folder, "--out", tmp / "run")
+    return launch(2, FAULTY, tmp, fault, *words), time.monotonic() - start
+
+
+def said(errors: str) -> list[str]:
+    """What the processes themselves said, without torchrun's own report."""
+    return [line for line in errors.splitlines() if line.startswith("openjepa: ")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("kill", "openjepa: rank 1 is gone (killed?), the others were in step 7: the same command goes on"),
+        (
+            "hang",
+            "openjepa: rank 1 hangs: the others have waited for it in step 7 for 8 s (machine.patience_s); the same",
+        ),
+    ],
+)
+def test_a_rank_that_vanishes_or_hangs_is_named(tiny, folder, tmp_path, fault, told):
+    done, _ = faulty(fault, tiny, folder, tmp_path, **{"machine.patience_s": "8"})
+    assert done.returncode != 0
+    assert len(said(done.err)) == 1
+    assert said(done.err)[0].startswith(told)
+    assert checkpoints(tmp_path / "run")[-1].step == 5
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_own_error_alone(tiny, folder, tmp_path):
+    done, _ = faulty("raise", tiny, folder, tmp_path)
+    assert done.returncode != 0
+    assert done.err.count("ValueError: a fault of rank 1") == 1
+    assert "[rank0]" not in done.err
+    assert "gloo" not in done.err.lower()
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_step_with_a_checkpoint(tiny, folder, tmp_path):
+    done, _ = faulty("term", tiny, folder, tmp_path)
+    assert "stopped: checkpoint of step 8 written" in done.err
+    assert "exitcode  : 75" in done.err  # torchrun's report of what its processes ended with
+    assert 'Traceback (most recent call last):\n  File "<frozen' not in done.err.split("torch/distributed")[0]
+    assert checkpoints(tmp_path / "run")[-1].step == 8
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny, folder, tmp_path):
+    done, _ = faulty("bad", tiny, folder, tmp_path, **{"monitors.max_bad_steps": "3"})
+    assert done.returncode == 0, done.err[-3000:]
+    lines = [line.split("\t") for line in (tmp_path / "run" / "bad_steps.txt").read_text().splitlines()]
+    assert [int(step) for step, *_ in lines] == [4, 6, 7]
+    assert all(len(names.split(", ")) == 1 for *_, names in lines)  # the one image, by its file's name
+    assert all(names.endswith(".png") for *_, names in lines)
+    last = checkpoints(tmp_path / "run")[-1]
+    assert last.state()["skipped_steps"] == 3
+    assert {float(v) for k, v in last.optimizer().items() if k.endswith("/step")} == {17.0}
+    assert all(v.isfinite().all() for v in last.weights().values())
+
+
+def test_user_mistakes_are_told_once_whatever_the_number_of_ranks(tiny, folder, tmp_path):
+    done, _ = faulty("none", tiny, folder, tmp_path, **{"data.batch_size": "9"})
+    assert len(said(done.err)) == 1
+    assert "data.batch_size 9 is not divisible by 2 processes" in said(done.err)[0]
