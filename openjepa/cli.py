@@ -19,30 +19,61 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.engine import parallel
     from openjepa.engine.launch import joined
     from openjepa.engine.run import Interrupted
-    from openjepa.recipes.pretrain import pretrain, saved_data, saved_recipe
-    from openjepa.recipes.recipe import of_processes, override
+    from openjepa.recipes.pretrain import pretrain
     from openjepa.recipes.report import report
 
-    out = Path(args.out)
-    known = out / "recipe.yaml"
+    if any(word.startswith("--slurm.") for word in rest):
+        submit(args, rest)
+        return
     try:
         with joined():
-            recipe, of_one_process = chosen(args)
-            if recipe and of_one_process:
-                recipe = of_processes(recipe, parallel.world_size())
-            recipe = recipe or (saved_recipe(out) if known.exists() else None)
-            if recipe is None:
-                raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
-            data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
-            if data is None:
-                raise UserError(f"which images? give --data SPEC: {SPEC}")
-            pretrain(override(recipe, pairs(rest)), data, out, Console())
+            recipe, data, out = training(args, pairs(rest), parallel.world_size())
+            pretrain(recipe, data, out, Console())
             if parallel.rank() == 0:
                 print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
     except Interrupted as stop:
         if parallel.launched()[0] == 0:
             print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
         sys.exit(stop.status)
+
+
+def training(args: argparse.Namespace, values: dict[str, str], processes: int) -> tuple[Any, str, Path]:
+    """What is to be trained by so many processes: recipe, images, run."""
+    from openjepa.recipes.pretrain import saved_data, saved_recipe
+    from openjepa.recipes.recipe import of_processes, override
+
+    out = Path(args.out)
+    recipe, of_one_process = chosen(args)
+    if recipe and of_one_process:
+        recipe = of_processes(recipe, processes)
+    recipe = recipe or (saved_recipe(out) if (out / "recipe.yaml").exists() else None)
+    if recipe is None:
+        raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
+    data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
+    if data is None:
+        raise UserError(f"which images? give --data SPEC: {SPEC}")
+    return override(recipe, values), data, out
+
+
+def submit(args: argparse.Namespace, rest: list[str]) -> None:
+    """pretrain with --slurm options: the same command without them, as a job."""
+    from openjepa.data.stream import share
+    from openjepa.engine.slurm import SlurmConfig, submit
+    from openjepa.recipes.recipe import from_dict, nested
+
+    values = pairs(rest)
+    asked = {name: values.pop(name) for name in list(values) if name.startswith("slurm.")}
+    config = from_dict(SlurmConfig, nested(asked)["slurm"], "slurm")
+    recipe, data, out = training(args, values, config.processes)
+    share(recipe.data.batch_size, recipe.optim.accumulate, 0, config.processes)  # refused here, not in the queue
+    how = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
+    words = ["pretrain", *how, "--data", data, "--out", args.out]
+    words += [word for name, value in values.items() for word in (f"--{name}", value)]
+    logs = out / "slurm"
+    job = submit(words, config, logs)
+    nodes = f"{config.nodes} nodes" if config.nodes > 1 else "1 node"
+    print(f"job {job} submitted: {nodes}, {config.processes} processes; its log: {logs / job}_0_log.out")
+    print(f"next: openjepa report {out}")
 
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
@@ -183,7 +214,9 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "pretrain",
         help="pretrain an encoder on a pile of images; the same RUN goes on",
-        epilog="Any value of the recipe: --optim.lr 5e-4, --masking.targets 6 (openjepa recipes NAME prints them all)",
+        epilog="Any value of the recipe: --optim.lr 5e-4, --masking.targets 6 (openjepa recipes NAME prints them all). "
+        "On several GPUs: torchrun --nproc-per-node 8 -m openjepa pretrain …; as a job of Slurm's: --slurm.nodes 4 "
+        "--slurm.partition NAME (docs/reliability.md)",
     )
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")

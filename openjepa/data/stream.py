@@ -24,6 +24,7 @@ from openjepa.masking import Grid, MaskingConfig, Masks, sample
 from openjepa.rng import Draws, permutation
 
 BAD_IN_A_ROW = 100
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,5 +183,5 @@ def _same(batch: Batch) -> Batch:
 
 def _ignore_signals(worker: int) -> None:
     """Signals reach the whole process group; the main process alone decides what they mean."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -103,6 +104,9 @@ class Roll:
 
     def judge(self, error: Exception) -> Exception | SystemExit:
         """What this rank ends with, having met an error: the error if it is to be told here."""
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun's, at the first that ends: there is something to say yet
         try:
             if isinstance(error, UserError) or not LOST.search(f"{type(error).__name__} {error}"):
                 return error if self.first() else SystemExit(1)

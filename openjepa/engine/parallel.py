@@ -10,7 +10,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from inspect import signature
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 T = TypeVar("T")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returned a view: nothing here works in place on it
 Strategy = Literal["ddp", "fsdp"]
+DDP_OPTIONS: dict[str, Any] = {
+    "gradient_as_bucket_view": True,
+    next(  # buffers are constants; as torch calls it since 2.15, and before
+        n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
+    ): False,
+}
 
 
 def rank() -> int:
@@ -88,7 +95,7 @@ def spread(method: nn.Module, strategy: Strategy, device: torch.device, half: bo
         return method
     if strategy == "ddp":
         ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(method, device_ids=ids, **DDP_OPTIONS)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

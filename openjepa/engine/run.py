@@ -14,6 +14,7 @@ Of several ranks the first alone writes, all but the checkpoints.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from openjepa.data.stream import Bad
+from openjepa.data.stream import SIGNALS, Bad
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.checkpoint import Checkpoint, Saver
 from openjepa.engine.parallel import Strategy
@@ -39,8 +40,7 @@ from openjepa.errors import UserError
 from openjepa.models.layers import Recompute
 
 INTERRUPTED = 130  # exit status after Ctrl-C
-REQUEUE = 75  # after SIGTERM or SIGUSR1: EX_TEMPFAIL, "try again", for schedulers that requeue by exit status
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # after the other signals: EX_TEMPFAIL, "try again", for schedulers that requeue by exit status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +95,16 @@ class Run:
         self.skipped: int = state.get("skipped_steps", 0)  # steps that were not finite
         self.signal = 0  # that this process was sent
         self.stopping: int | None = None  # the exit status, once all ranks know that one of them was
+        self._lock: int | None = None
         self._metrics: TextIO | None = None
         self._board: Any = None
         self._wandb: Any = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Run:
+        """Raises UserError where another process is training in the same folder."""
         if self.main:
+            self._lock = alone(self.path)
             self._trim_metrics()
             self._metrics = open(self.path / "metrics.jsonl", "a")
         for number in SIGNALS:
@@ -120,6 +123,8 @@ class Run:
                 signal.signal(number, handler)
             if self._metrics:
                 self._metrics.close()
+            if self._lock is not None:
+                os.close(self._lock)
             if self._board:
                 self._board.close()
             if self._wandb:
@@ -215,6 +220,21 @@ class Run:
         """Begin to write a checkpoint. Raises UserError if the one before could not be written."""
         state = {"bad_images": self.bad, "skipped_steps": self.skipped, "environment": environment()}
         self.saver.save(step, method, optimizer, state)
+
+
+def alone(run: Path) -> int:
+    """Take a run for this process, until the descriptor that is returned is closed. Raises UserError if another has it."""
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"another process is training in {run}: wait for it, or choose another --out") from error
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

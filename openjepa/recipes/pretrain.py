@@ -35,7 +35,7 @@ from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.recipes.replay import dump
 from openjepa.rng import key, permutation
 
-BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part")  # what a start that was killed at once leaves
+BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm")  # what a start that was killed at once leaves
 
 
 def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> IJEPA:
