@@ -19,6 +19,7 @@ from openjepa.bench.cost import scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
 from openjepa.bench.peers import against
+from openjepa.bench.soak import soak
 from openjepa.bench.train import profile, techniques, train
 from openjepa.engine.run import environment
 from openjepa.engine.whole import refuse_unwritable, write_whole
@@ -41,6 +42,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "context": parts.context,
     "ragged": parts.ragged,
     "scenes": parts.scenes,
+    "soak": soak,
 }
 
 
