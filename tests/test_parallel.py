@@ -1,7 +1,8 @@
 """Claims about several processes: their number changes nothing, and whatever happens to one, one clear error ends the job."""
 
-import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ from openjepa.data.augment import AugmentConfig
 from openjepa.data.sources import open_source
 from openjepa.data.stream import DataConfig, Steps, share
 from openjepa.engine.checkpoint import checkpoints
+from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
 from openjepa.recipes.recipe import Recipe, override, to_yaml
+from tests.helpers import same
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning:openjepa"}
 
@@ -54,8 +57,7 @@ def launch(ranks: int, code: str, tmp: Path, *words: object, wait: bool = True) 
 
 
 def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [m["loss"] for m in map(json.loads, lines) if "loss" in m]
+    return [m["loss"] for m in read_metrics(run) if "loss" in m]
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,43 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny, folder, t
     assert last.state()["skipped_steps"] == 3
     assert {float(v) for k, v in last.optimizer().items() if k.endswith("/step")} == {17.0}
     assert all(v.isfinite().all() for v in last.weights().values())
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_very_weights_of_one_never_killed(tiny, folder, tmp_path):
+    """SIGKILL to one of two ranks, at any moment of training or of a checkpoint's writing."""
+    chance = random.Random(0)
+    values = {"schedule.epochs": "40", "machine.checkpoint_every": "0.2", "monitors.knn_every": "10"}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(override(tiny, values)))
+    words = ("pretrain", "--config", tmp_path / "recipe.yaml", "--data", folder, "--out")
+
+    def begin(out: Path, wait: bool) -> subprocess.Popen:
+        return launch(2, "from openjepa.cli import main; main()", tmp_path, *words, out, wait=wait)
+
+    kills, moments = 0, []
+    while kills < 20:
+        process, run = begin(tmp_path / "killed", wait=False), tmp_path / "killed"
+        seen, goal = len(losses(run)), len(losses(run)) + chance.randint(1, 12)
+        while len(losses(run)) < min(goal, 199) and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.random() / 20)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if len(ranks) == 2 and process.poll() is None:
+            os.kill(int(ranks[chance.randrange(2)]), signal.SIGKILL)
+            kills += 1
+            moments.append((len(losses(run)), seen))
+        _, err = process.communicate(timeout=400)
+        assert process.returncode, "it was not killed"
+        assert "SIGKILL" in err
+    last = begin(tmp_path / "killed", wait=True)
+    assert last.returncode == 0, last.err[-2000:]
+    assert begin(tmp_path / "plain", wait=True).returncode == 0
+    killed, plain = (checkpoints(tmp_path / name)[-1] for name in ("killed", "plain"))
+    assert killed.step == plain.step == 200
+    assert same(killed.weights(), plain.weights())
+    assert same(killed.optimizer(), plain.optimizer())
+    assert losses(tmp_path / "killed") == losses(tmp_path / "plain")
+    print(f"killed after steps {[step for step, _ in moments]}")
 
 
 def test_user_mistakes_are_told_once_whatever_the_number_of_ranks(tiny, folder, tmp_path):

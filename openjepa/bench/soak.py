@@ -1,4 +1,4 @@
-"""`openjepa bench soak`: an hour of training in one process, its workers begun anew every minute, while memory and descriptors are counted."""
+"""`openjepa bench soak`: an hour of training in one process, workers begun anew every minute, memory and descriptors counted."""
 
 from __future__ import annotations
 
