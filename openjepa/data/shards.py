@@ -27,8 +27,11 @@ class Shards(Source):
     be read is no damaged image: after some tries it is a UserError.
     """
 
-    def __init__(self, spec: str) -> None:
-        urls = [url for braces in expand_braces(spec) for url in expand_local(braces)]
+    @classmethod
+    def from_spec(cls, spec: str) -> Shards:
+        return cls([url for braces in expand_braces(spec) for url in expand_local(braces)])
+
+    def __init__(self, urls: list[str]) -> None:
         said = read_about(folder_of(urls[0]))
         self._build(urls, said, open_index(urls, said))
 

@@ -108,7 +108,7 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
     if not path.is_dir() and spec.endswith(".tar"):
         from openjepa.data.shards import Shards
 
-        return Shards(spec)
+        return Shards.from_spec(spec)
     if not path.is_dir() and spec.endswith(".parquet"):
         from openjepa.data.parquet import ParquetSource
 
@@ -134,6 +134,10 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
             from openjepa.data.parquet import ParquetSource
 
             return ParquetSource.from_files([str(file) for file in parquet])
+        if shards := sorted(path.glob("*.tar")):
+            from openjepa.data.shards import Shards
+
+            return Shards([str(file) for file in shards])
         raise UserError(f"data '{spec}': no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
     return Folder(path, images)
 
