@@ -160,6 +160,24 @@ def demo(args: argparse.Namespace, rest: list[str]) -> None:
     demo(Path(args.out), args.seed, Console())
 
 
+def pack(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.packing import SKIPPED_NAME, pack
+
+    refuse(rest)
+    if args.shard_size < 1:
+        raise UserError(f"--shard-size is {args.shard_size}: give megabytes, 1 or more")
+    packed = pack(args.source, Path(args.out), args.shard_size * 10**6, Console())
+    print(f"{packed.images} images in {packed.shards} shards: {packed.spec}")
+    if packed.skipped:
+        first = ": ".join(packed.skipped[0].split("\t"))
+        print(f"{len(packed.skipped)} left out, named in {Path(args.out) / SKIPPED_NAME}, the first is {first}")
+    if packed.maps:
+        print(f"note: labels of images alone were packed, not {' and '.join(packed.maps)}")
+    print(f"next: openjepa pretrain --recipe NAME --data '{packed.spec}' --out RUN")
+
+
 def replay(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.replay import replay
 
@@ -196,6 +214,7 @@ COMMANDS = {
     "import": import_,
     "export": export,
     "report": report,
+    "pack": pack,
     "replay": replay,
     "recipes": recipes,
     "bench": bench,
@@ -280,6 +299,11 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
     p.add_argument("run", metavar="RUN")
+
+    p = commands.add_parser("pack", help="turn images into tar shards with an index, for any disk or store")
+    p.add_argument("source", metavar="SPEC", help=SPEC)
+    p.add_argument("out", metavar="OUT", help="a new folder")
+    p.add_argument("--shard-size", type=int, default=256, metavar="MB", help="of a shard, at most: 256 unless told")
 
     p = commands.add_parser("replay", help="compute once more a step that stopped a run, and say where it went wrong")
     p.add_argument("step", metavar="RUN/bad_steps/step-N")

@@ -22,6 +22,15 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
 
 
+def printable(text: str) -> str:
+    """A name from elsewhere, on one line and without control characters or bytes that are no text."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'lr'?` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -92,15 +92,6 @@ def test_a_disk_that_fails_is_not_a_bad_image(folder, monkeypatch):
         steps_of(source).batch(0)
 
 
-def test_shards_hold_no_file_open(three_sources):
-    import os
-
-    before = len(os.listdir("/dev/fd"))
-    assert three_sources[2].read(0)
-    assert three_sources[2].read(39)
-    assert len(os.listdir("/dev/fd")) == before
-
-
 def test_names_that_are_no_text_can_be_printed(tmp_path):
     import os
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import math
+import signal
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -24,10 +27,15 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels o
 Raw = bytes | Image.Image | np.ndarray
 
 PIXELS_VERSION = 2  # raise it when any pixel changes: features and answers of another version are made anew
+MAX_BYTES = 2**28  # of one encoded image
 MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
+MAX_SCANS = 100  # of one JPEG, each of which passes over all its pixels: 10 are usual
+MAX_SECONDS = 60.0  # that one image may take
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow knows more: EPS, for one, runs a program
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
 JPEG_SPACES = {1: ("GRAY", ("YCbCr", "Gray")), 3: ("RGB", ("YCbCr", "RGB", "Gray"))}  # channels: asked for, of what
+JPEG = b"\xff\xd8"  # its first bytes
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -47,17 +55,46 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
-    bilinear = resample == Image.Resampling.BILINEAR
-    plain = plain_jpeg(raw, choose, size, channels) if bilinear and isinstance(raw, bytes) else None
-    if plain is not None:
-        return plain
+    with time_limit():
+        bilinear = resample == Image.Resampling.BILINEAR
+        plain = plain_jpeg(raw, choose, size, channels) if bilinear and isinstance(raw, bytes) else None
+        return with_pillow(raw, choose, size, channels, resample) if plain is None else plain
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raises BadImage after MAX_SECONDS, when the decoder next comes back to Python: Pillow's do after 64 KiB of input.
+
+    In a process's main thread, where images are decoded; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise BadImage(f"it takes more than {MAX_SECONDS:g} s to decode")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    other = signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
     try:
-        image = Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else raw
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *other)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int,
+                resample: Image.Resampling) -> np.ndarray:  # fmt: skip
+    """As `decode`, for all that Pillow reads."""
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         turned = image.getexif().get(ORIENTATION, 1)
         if turned not in range(2, 9) or image.format == "TIFF":  # Pillow turns TIFF itself
             turned = 1
         width, height = image.size if turned < 5 else image.size[::-1]
+        if isinstance(raw, bytes) and raw.startswith(JPEG):
+            refuse_scans(raw, width * height)
         box = choose(width, height)
         if image.format == "JPEG" and turned == 1:  # let the DCT shrink it, to twice what is needed at least
             shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
@@ -72,7 +109,7 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
         inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
         pixels = np.asarray(image.resize((size[1], size[0]), resample, box=inner))
     except UnidentifiedImageError as error:  # its own message shows an object in memory
-        raise BadImage("not an image" if raw else "an empty file") from error
+        raise BadImage("not an image of a kind that is read" if raw else "an empty file") from error
     except DAMAGE as error:
         raise BadImage(first_line(error)) from error
     return pixels[..., None] if channels == 1 else pixels
@@ -84,15 +121,16 @@ def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, i
 
     The decoded pixels are Pillow's own; resized ones differ from Pillow's by the rounding of two passes.
     """
-    if not raw.startswith(b"\xff\xd8") or channels not in JPEG_SPACES:
+    if not raw.startswith(JPEG) or channels not in JPEG_SPACES:
         return None
     asked, known = JPEG_SPACES[channels]
     try:
-        if b"Exif\0" in raw[:4096] and Image.open(io.BytesIO(raw)).getexif().get(ORIENTATION, 1) != 1:
+        if b"Exif\0" in raw[:4096] and Image.open(io.BytesIO(raw), formats=FORMATS).getexif().get(ORIENTATION, 1) != 1:
             return None
         height, width, space, _ = simplejpeg.decode_jpeg_header(raw)
         if space not in known or width * height > MAX_PIXELS:
             return None
+        refuse_scans(raw, width * height)
         box = choose(width, height)
         shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
         whole = all(side == int(side) for side in box)
@@ -104,6 +142,24 @@ def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, i
         return None
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, in and out: else torch transposes twice
     return F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def refuse_scans(raw: bytes, pixels: int) -> None:
+    """Raises BadImage for a JPEG of more scans than MAX_SCANS, or of several over more than MAX_PIXELS, all kept at once.
+
+    A few bytes make a scan, and libjpeg passes over every pixel for each without coming back.
+    """
+    place = 2
+    while raw[place : place + 1] == b"\xff" and raw[place + 1 : place + 2] not in (
+        b"\xda",
+        b"",
+    ):  # segments before them
+        place += 2 + max(2, int.from_bytes(raw[place + 2 : place + 4])) if raw[place + 1] != 0xFF else 1
+    scans = raw.count(b"\xff\xda", place)
+    if scans > MAX_SCANS:
+        raise BadImage(f"a JPEG of {scans} scans: more than {MAX_SCANS} are refused")
+    if scans > 1 and pixels > MAX_PIXELS:
+        raise BadImage(f"{pixels} pixels in {scans} scans are more than the limit of {MAX_PIXELS // 10**6} million")
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

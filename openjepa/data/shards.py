@@ -3,106 +3,137 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from typing import Any
 
-import numpy as np
-
-from openjepa.data.sources import EXTENSIONS, Source, expand_local, stamp
+from openjepa.data.decode import Raw
+from openjepa.data.index import About, Index, folder_of, open_index, read_about
+from openjepa.data.sources import Source, expand_local, refuse_large
+from openjepa.data.store import about, ahead, is_remote, patiently, read_range
+from openjepa.data.tar import BLOCK, number
 from openjepa.errors import UserError
+
+OPEN = 64  # shards that one process holds open
+MOST_SHARDS, MOST_BRACES = 2**20, 16
 
 
 class Shards(Source):
     """WebDataset tar shards, local or at any fsspec URL: files that share a stem are one sample.
 
-    `.cls` (a number) or `.json` with a `label` gives the label. Shards are indexed once, then read at random.
+    `.cls` (a number) or `.json` with a `label` gives the label. Shards are indexed once, then read at random. One that cannot
+    be read is no damaged image: after some tries it is a UserError.
     """
 
-    def __init__(self, spec: str) -> None:
-        self.spec = spec
-        self.urls = [url for braces in expand_braces(spec) for url in expand_local(braces)]
-        self.entries: list[tuple[int, int, int, str]] = []  # shard, offset, size, name
-        found: list[int | None] = []
-        for number, url in enumerate(self.urls):
-            for key, image, label in index_tar(url):
-                self.entries.append((number, *image, key))
-                found.append(label)
-        if not self.entries:
-            raise UserError(f"data '{spec}': no images in these shards (looked for {', '.join(sorted(EXTENSIONS))})")
+    @classmethod
+    def from_spec(cls, spec: str) -> Shards:
+        return cls([url for braces in expand_braces(spec) for url in expand_local(braces)])
+
+    def __init__(self, urls: list[str]) -> None:
+        said = read_about(folder_of(urls[0]))
+        self._build(urls, said, open_index(urls, said))
+
+    def _build(self, urls: list[str], said: About | None, index: Index) -> None:
+        self.urls, self.said, self.index = urls, said, index
         self.labels, self.classes = {}, {}
-        if all(label is not None and label >= 0 for label in found):
-            self.labels["label"] = np.array(found, dtype=np.int64)
-            self.classes["label"] = [str(i) for i in range(int(self.labels["label"].max()) + 1)]
+        self.whole = said is not None and said.whole
+        for t, task in enumerate(index.tasks):
+            labels = index.labels[:, t]
+            if labels.min() < 0:
+                continue
+            count = int(labels.max()) + 1
+            names = said.classes[task] if said else [str(i) for i in range(count)]
+            if count > len(names):
+                raise UserError(
+                    f"data '{urls[0]}': label {count - 1} of '{task}' has no name among {len(names)} classes"
+                )
+            self.labels[task], self.classes[task] = labels, names
+        self._open = lru_cache(OPEN)(Opened)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers started afresh map the index again."""
+        return {"urls": self.urls, "said": self.said, "file": self.index.file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build(state["urls"], state["said"], Index(state["file"]))
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.index.samples)
 
     def read(self, index: int) -> bytes:
-        shard, offset, size, _ = self.entries[index]
-        if "://" not in self.urls[shard]:
-            with open(self.urls[shard], "rb", buffering=0) as local:
-                return os.pread(local.fileno(), size, offset)
-        import fsspec
+        offset, size, shard, _ = self.index.samples[index].item()
+        refuse_large(size)
+        if not (0 <= shard < len(self.urls) and size >= 0 and offset >= BLOCK):
+            raise UserError(f"{self.index.file} is damaged: remove it, it is made anew")
+        url = self.urls[shard]
+        if is_remote(url):
+            both = read_range(url, offset - BLOCK, offset + size)
+            header, content = both[:BLOCK], both[BLOCK:]
+            refuse_changed(header, size, url)
+            return content
+        return patiently(url, partial(self._read_local, url, offset, size))
 
-        with fsspec.open(self.urls[shard], "rb", cache_type="none") as file:
-            file.seek(offset)
-            return bytes(file.read(size))
+    def _read_local(self, url: str, offset: int, size: int) -> bytes:
+        try:
+            file = self._open(url).descriptor
+            header, content = os.pread(file, BLOCK, offset - BLOCK), os.pread(file, size, offset)
+            if len(content) < size:
+                raise OSError(f"it ends early, at byte {offset + len(content)}: it was cut short since it was indexed")
+        except OSError:
+            self._open.cache_clear()  # the next try opens it anew
+            raise
+        refuse_changed(header, size, url)
+        return content
+
+    def reads(self, indices: Iterable[int]) -> Iterator[Callable[[], Raw]]:
+        calls = super().reads(indices)
+        return ahead(calls) if any(map(is_remote, self.urls)) else calls
 
     def stamps(self) -> list[str]:
-        """Of local shards; of remote ones the sizes of their images."""
-        local = [stamp(url) for url in self.urls if "://" not in url]
-        return local or [str(size) for _, _, size, _ in self.entries]
+        return [found()[1] for found in ahead(partial(about, url) for url in self.urls)]
 
     def name(self, index: int) -> str:
-        shard, *_, key = self.entries[index]
-        return f"{self.urls[shard]}/{key}"
+        return f"{self.urls[int(self.index.samples['shard'][index])]}/{self.index.name(index)}"
 
 
-def index_tar(url: str) -> list[tuple[str, tuple[int, int], int | None]]:
-    """The samples of one shard: (key, (offset, size) of the image, label or None)."""
-    import fsspec
+class Opened:
+    """An open file, closed with the last that reads it."""
 
-    images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, base = os.path.split(member.name)
-                stem, _, ending = base.partition(".")  # the WebDataset rule: up to the first dot
-                key = os.path.join(folder, stem)
-                if not member.isfile() or base.startswith("."):
-                    continue
-                if f".{ending.lower()}" in EXTENSIONS:
-                    images[key] = (member.offset_data, member.size, member.name)
-                elif ending in ("cls", "json"):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    try:
-                        value = json.loads(content.read())
-                    except ValueError:
-                        continue  # a class by name, or damage: no number
-                    value = value.get("label") if isinstance(value, dict) else value
-                    if isinstance(value, int):
-                        labels[key] = value
-    except (OSError, tarfile.TarError, ValueError, ImportError) as error:
-        raise UserError(f"data '{url}': {str(error) or type(error).__name__}") from error
-    return [(name, (offset, size), labels.get(key)) for key, (offset, size, name) in images.items()]
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def refuse_changed(header: bytes, size: int, url: str) -> None:
+    """Raises UserError unless a member of this size begins with the header."""
+    if number(header[124:136]) != size:
+        raise UserError(f"{url} has changed since it was indexed: start again")
 
 
 def expand_braces(spec: str) -> list[str]:
-    """shard-{0000..0003}.tar and a-{x,y}.tar to all they name."""
+    """shard-{0000..0003}.tar and a-{x,y}.tar to all they name. Raises UserError for more than MOST_SHARDS."""
     match = re.search(r"\{([^{}]*)\}", spec)
     if not match:
         return [spec]
+    if spec.count("{") > MOST_BRACES:
+        raise UserError(f"data '{spec}': has more than {MOST_BRACES} braces")
     inner = match.group(1)
-    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+    options: Iterable[str]
+    if bounds := re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inner):
         first, last = bounds.groups()
         if int(first) > int(last):
             raise UserError(f"data '{spec}': the range {{{inner}}} runs backwards")
-        options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+        options = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
     else:
         options = inner.split(",")
     head, tail = spec[: match.start()], spec[match.end() :]
-    return list(itertools.chain.from_iterable(expand_braces(head + option + tail) for option in options))
+    found = itertools.chain.from_iterable(expand_braces(head + option + tail) for option in options)
+    names = list(itertools.islice(found, MOST_SHARDS + 1))
+    if len(names) > MOST_SHARDS:
+        raise UserError(f"data '{spec}': names more than {MOST_SHARDS} shards")
+    return names

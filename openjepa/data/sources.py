@@ -6,18 +6,21 @@ elsewhere and look the same whatever the source, so the same images give the sam
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from openjepa.data.decode import Raw
-from openjepa.errors import UserError
+from openjepa.data.decode import MAX_BYTES, BadImage, Raw
+from openjepa.errors import UserError, printable
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SPLIT = re.compile(r"train|test|validation|valid|val")  # what names of Parquet files begin with
@@ -39,8 +42,15 @@ class Source:
         raise NotImplementedError
 
     def read(self, index: int) -> Raw:
-        """The index-th image, encoded (bytes) or not (Pillow image, uint8 array)."""
+        """The index-th image, encoded (bytes) or not (Pillow image, uint8 array).
+
+        Raises BadImage or OSError for one that cannot be had, UserError where the whole source is at fault.
+        """
         raise NotImplementedError
+
+    def reads(self, indices: Iterable[int]) -> Iterator[Callable[[], Raw]]:
+        """`read` of each index, to be called in their order: a source far away is ahead of who asks."""
+        return (partial(self.read, int(index)) for index in indices)
 
     def read_map(self, task: str, index: int) -> np.ndarray:
         """A dense task's answer for the index-th image, upright, of any size.
@@ -61,11 +71,12 @@ class Source:
         """A short hash of the length, the labels and some evenly spaced images."""
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
         for task in sorted(self.labels):
-            digest.update(task.encode() + self.labels[task].astype("<i8").tobytes())
+            digest.update(task.encode())
+            digest.update(np.ascontiguousarray(self.labels[task], "<i8").data)
         for index in np.linspace(0, len(self) - 1, min(probes, len(self))).astype(int):
             try:
                 raw = self.read(int(index))
-            except OSError:  # training will name it and go on
+            except (BadImage, OSError):  # training will name it and go on
                 raw = b"unreadable"
             digest.update(raw if isinstance(raw, bytes) else np.asarray(raw).tobytes())
         return digest.hexdigest()
@@ -97,7 +108,7 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
     if not path.is_dir() and spec.endswith(".tar"):
         from openjepa.data.shards import Shards
 
-        return Shards(spec)
+        return Shards.from_spec(spec)
     if not path.is_dir() and spec.endswith(".parquet"):
         from openjepa.data.parquet import ParquetSource
 
@@ -123,6 +134,10 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
             from openjepa.data.parquet import ParquetSource
 
             return ParquetSource.from_files([str(file) for file in parquet])
+        if shards := sorted(path.glob("*.tar")):
+            from openjepa.data.shards import Shards
+
+            return Shards([str(file) for file in shards])
         raise UserError(f"data '{spec}': no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
     return Folder(path, images)
 
@@ -147,11 +162,10 @@ class Folder(Source):
         return len(self.files)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.files[index]), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(self.root, self.files[index]))
 
     def name(self, index: int) -> str:
-        return self.files[index].encode(errors="backslashreplace").decode()
+        return printable(self.files[index])
 
     def stamps(self) -> list[str]:
         return [stamp(os.path.join(self.root, file)) for file in self.files]
@@ -173,6 +187,28 @@ def walk(root: Path) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- files
+
+
+def read_file(path: str) -> bytes:
+    """A whole file. Raises BadImage for a pipe or a device, which may never end, and above MAX_BYTES."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link to itself, a socket
+            raise BadImage("not a file") from error
+        raise
+    with open(descriptor, "rb", buffering=0) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise BadImage("not a file")
+        refuse_large(about.st_size)
+        return file.read()
+
+
+def refuse_large(size: int) -> None:
+    """Raises BadImage for an encoded image of more than MAX_BYTES."""
+    if size > MAX_BYTES:
+        raise BadImage(f"{size} bytes are more than the limit of {MAX_BYTES}")
 
 
 def expand_local(spec: str) -> list[str]:

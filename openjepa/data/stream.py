@@ -7,9 +7,12 @@ the same. Slot g of the run is the g-th image it trains on; its crop and masks d
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -17,14 +20,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
-from openjepa.data.decode import BadImage
+from openjepa.data.decode import BadImage, Raw
+from openjepa.data.order import Feistel, epoch_order
 from openjepa.data.sources import Source
 from openjepa.errors import UserError, first_line
 from openjepa.masking import Grid, MaskingConfig, Masks, sample
-from openjepa.rng import Draws, permutation
+from openjepa.rng import Draws
 
 BAD_IN_A_ROW = 100
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
+STUCK_S = 1800  # seconds without a batch
+CAUSES = {
+    "SIGKILL": "memory ran out, most likely: lower machine.workers",
+    "SIGBUS": "shared memory (/dev/shm) is full, or a file that is mapped into memory was cut short: lower machine.workers, "
+    "or give a container more (--shm-size)",
+    "SIGSEGV": "a decoder crashed, on a damaged image most likely: machine.workers 0 shows where",
+    "SIGTERM": "somebody ended it",
+}  # of a worker's death, by signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +108,12 @@ class Steps(Dataset[Batch | UserError]):
         self.image_size, self.grid, self.channels, self.seed = image_size, grid, channels, seed
         self.per_epoch = steps_per_epoch(len(source), data.batch_size)
         self.share = np.arange(data.batch_size) if share is None else share
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._order = 0, epoch_order(seed, "order", 0, len(source))
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The images of an epoch in their order, a permutation keyed by (seed, epoch). int64 [len(source)]."""
+    def order(self, epoch: int) -> np.ndarray | Feistel:
+        """The images of an epoch in their order, a permutation keyed by (seed, epoch): see `data.order`."""
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.seed, "order", epoch, len(self.source))
+            self._epoch, self._order = epoch, epoch_order(self.seed, "order", epoch, len(self.source))
         return self._order
 
     def __getitem__(self, step: int) -> Batch | UserError:
@@ -118,22 +130,31 @@ class Steps(Dataset[Batch | UserError]):
         numbers = Draws(self.seed, "augment", slots[self.share]).uniform(NUMBERS)
         places = position * self.data.batch_size + self.share
         bad: list[Bad] = []
-        made = [self.image(order, int(places[i]), numbers[i], bad) for i in range(len(places))]
+        indices = order[places]
+        made = [
+            self.image(order, int(places[i]), int(indices[i]), read, numbers[i], bad)
+            for i, read in enumerate(self.source.reads(indices))
+        ]
         images = torch.from_numpy(np.stack([pixels for pixels, _ in made])).permute(0, 3, 1, 2).contiguous()
         return Batch(images, masks, np.array([index for _, index in made]), bad)
 
-    def image(self, order: np.ndarray, place: int, numbers: np.ndarray, bad: list[Bad]) -> tuple[np.ndarray, int]:
-        """The image at a place of the order, or the next good one after it: uint8 [H, W, channels], and its index."""
-        for k in range(min(BAD_IN_A_ROW, len(order))):
-            index = int(order[(place + k) % len(order)])
+    def image(self, order: np.ndarray | Feistel, place: int, index: int, read: Callable[[], Raw], numbers: np.ndarray,
+              bad: list[Bad]) -> tuple[np.ndarray, int]:  # fmt: skip
+        """The image at a place of the order, or the next good one after it: uint8 [H, W, channels], and its index.
+
+        index, read: of the image at the place.
+        """
+        tries = min(BAD_IN_A_ROW, len(order))
+        for k in range(1, tries + 1):
             try:
-                raw = self.source.read(index)
+                raw = read() if k == 1 else self.source.read(index)
                 return augment(raw, self.augment, self.image_size, self.channels, numbers), index
             except (BadImage, FileNotFoundError, PermissionError) as error:
                 bad.append(Bad(index, self.source.name(index), first_line(error)))
             except OSError as error:  # the disk or the network, not the image
                 raise UserError(f"cannot read {self.source.name(index)}: {first_line(error)}") from error
-        raise UserError(f"{len(bad)} images in a row cannot be read, the last {bad[-1].name}: {bad[-1].reason}")
+            index = int(order[(place + k) % len(order)])
+        raise UserError(f"{tries} images in a row cannot be read, the last {bad[-1].name}: {bad[-1].reason}")
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -157,9 +178,9 @@ def share(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
 
 
 def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """The batches of steps start to end - 1, in order. Raises the UserError that making one met."""
+    """The batches of steps start to end - 1, in order. Raises the UserError that making one met, or that a worker died."""
     if workers:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, BadImage):
             steps.source.read(0)  # what a source makes on first use is made once, not by every worker
     loader = DataLoader(
         steps,
@@ -170,11 +191,52 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
         collate_fn=_same,  # type: ignore[arg-type]
         pin_memory=pin,
         worker_init_fn=_ignore_signals,
+        timeout=STUCK_S if workers else 0,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    others = set(multiprocessing.active_children())
+    with _no_errors_from_signals():
+        made = iter(loader)
+    children = set(multiprocessing.active_children()) - others
+    try:
+        while (batch := next(made, None)) is not None:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if cause := cause_of_death(children):
+            raise UserError(f"{cause}; the same command goes on") from error
+        if str(error).startswith("DataLoader timed out"):
+            raise UserError(f"no batch in {STUCK_S} s: reading hangs, of a disk or a network") from error
+        raise
+    finally:
+        del made  # ends them, unless an error's traceback holds it
+        for worker in children:
+            worker.kill()
+
+
+def cause_of_death(workers: Iterable[BaseProcess]) -> str | None:
+    """What ended the first of some worker processes that has ended in error, None if none has."""
+    for worker in workers:
+        if (status := worker.exitcode) is None or status == 0:
+            continue
+        if status > 0:
+            return f"a process that makes batches ended with status {status}: what it wrote above says why"
+        name = signal.Signals(-status).name
+        why = CAUSES.get(name, "no image and no library is known to do this: please report it")
+        return f"a process that makes batches was killed by signal {-status} ({name}): {why}"
+    return None
+
+
+@contextlib.contextmanager
+def _no_errors_from_signals() -> Iterator[None]:
+    """torch's loader has the end of a worker raise wherever the main process stands, in the writing of a checkpoint too.
+
+    Without its handler the next batch that is asked for raises.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _same(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ def write_whole(file: Path, text: str) -> None:
 def refuse_full(out: Path) -> None:
     """Raises UserError if something is there already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: choose another --out")
+        raise UserError(f"{out} exists and is not empty: choose another place")
 
 
 def refuse_unwritable(out: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
+from openjepa.data.order import epoch_order
 from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
@@ -33,7 +34,7 @@ from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.recipes.replay import dump
-from openjepa.rng import key, permutation
+from openjepa.rng import key
 
 BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm")  # what a start that was killed at once leaves
 
@@ -206,7 +207,9 @@ def online_knn(
     tasks = [task for task, classes in source.classes.items() if len(classes) > 1]
     if not tasks or not recipe.monitors.knn_every:
         return None
-    chosen = permutation(recipe.seed, "online knn", 0, len(source))[: recipe.monitors.knn_images]
+    chosen = epoch_order(recipe.seed, "online knn", 0, len(source))[
+        np.arange(min(recipe.monitors.knn_images, len(source)))
+    ]
     cut = max(1, len(chosen) // 5)
     view = View(recipe.model.image_size, recipe.model.channels)
     ranks = parallel.world_size()
