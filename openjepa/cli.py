@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from openjepa import __version__
 from openjepa.errors import UserError, nearest
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
+
+# What a full, broken or closed disk says, wherever it is said.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
@@ -415,6 +419,12 @@ def main() -> None:
         COMMANDS[args.command](args, rest)
     except UserError as error:
         print(f"openjepa: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a file is called
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"openjepa: {where}{error.strerror}: see to the disk, and run the same command", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("openjepa: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ from openjepa.data.tar import BLOCK, number
 from openjepa.errors import UserError
 
 OPEN = 64  # shards that one process holds open
-MOST_SHARDS, MOST_BRACES = 2**20, 16
+MOST_SHARDS, MOST_BRACES = 2**17, 16
 
 
 class Shards(Source):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openjepa.engine import parallel
+from openjepa.engine.whole import flush, remove_folder
 from openjepa.errors import UserError, first_line
 from openjepa.models.weights import check_fit
 
@@ -92,6 +92,15 @@ class Checkpoint:
         """Its tensors without their contents, from the files' headers."""
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+        for name in self.files():
+            if name.endswith(".safetensors"):
+                file = self.path / name
+                with (
+                    self.reading(name),
+                    open(file, "rb"),
+                    safe_open(file, framework="pt"),
+                ):  # the first says what is closed
+                    pass
         with self.reading("*.safetensors"):
             known = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
             return {k: torch.empty(v.size, dtype=v.properties.dtype, device="meta") for k, v in known.items()}  # type: ignore[union-attr]
@@ -177,7 +186,8 @@ class Saver:
         kinds = {name: 2 if is_optimizer(name) else 1 for name in everything}
         try:
             if parallel.rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
+                for stale in part.parent.glob("step-*.part"):  # of a write or a removal that was cut short
+                    shutil.rmtree(stale)
                 part.mkdir(parents=True)
             writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=kinds, save_distributed=True)
             written = async_save(
@@ -201,9 +211,15 @@ class Saver:
             flush(path)
         part.rename(final)
         flush(final.parent)
-        for old in checkpoints(self.run)[: -self.keep]:
-            if not self.keep_every or old.step % self.keep_every:
-                shutil.rmtree(old.path)
+        try:
+            for old in checkpoints(self.run)[: -self.keep]:
+                if not self.keep_every or old.step % self.keep_every:
+                    remove_folder(old.path)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of step {self._step} is written, and an older one cannot be deleted from {final.parent} "
+                f"({error.strerror}): see who may write there, and run the same command"
+            ) from error
 
     @property
     def trouble(self) -> bool:
@@ -216,19 +232,26 @@ class Saver:
             return
         error = self._pending.exception()
         self._pending = None
-        reasons = [r for r in parallel.gather(storage_failure(error) if error else None) if r]
+        reasons = [r for r in parallel.gather(self._reason(error) if error else None) if r]
         if error and not reasons:
             raise error
         if reasons:
-            folder = self.run / "checkpoints"
             if parallel.rank() == 0:
-                shutil.rmtree(folder / f"step-{self._step:08d}.part", ignore_errors=True)
-            older = checkpoints(self.run)
-            kept = f"the one of step {older[-1].step} is intact" if older else "there is no older one"
-            raise UserError(
-                f"cannot write the checkpoint of step {self._step} to {folder} ({reasons[0]}); {kept}: free some space, or "
-                "see who may write there, and run the same command"
-            ) from error
+                shutil.rmtree(self.run / "checkpoints" / f"step-{self._step:08d}.part", ignore_errors=True)
+            raise UserError(reasons[0]) from error
+
+    def _reason(self, error: BaseException) -> str | None:
+        """What a user is to be told; None if it was no disk."""
+        if isinstance(error, UserError):
+            return str(error)
+        if not (reason := storage_failure(error)):
+            return None
+        older = [found.step for found in checkpoints(self.run) if found.step < self._step]
+        kept = f"the one of step {older[-1]} is intact" if older else "there is no older one"
+        return (
+            f"cannot write the checkpoint of step {self._step} to {self.run / 'checkpoints'} ({reason}); {kept}: free some "
+            "space, or see who may write there, and run the same command"
+        )
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -271,15 +294,6 @@ def rename_pieces(part: Path) -> None:
 def sha256(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- what is in one

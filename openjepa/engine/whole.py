@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, whenever the process or the power goes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,34 @@ def write_whole(file: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     part = file.with_name(file.name + ".part")
     part.write_text(text)
+    flush(part)
     part.rename(file)
+    flush(file.parent)
+
+
+def make_folder(path: Path) -> None:
+    """A folder, and those above it, that stay."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """A folder that is gone at once, under its name: half of it is never there."""
+    part = path.with_suffix(".part")
+    path.rename(part)
+    flush(path.parent)
+    shutil.rmtree(part)
+
+
+def flush(path: Path) -> None:
+    """Force a file's contents, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_full(out: Path) -> None:
@@ -54,15 +81,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     made = next((p for p in reversed([out, *out.parents]) if not p.exists()), None)  # the topmost that is new
     part = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
         yield part
         readable(part)
+        for path in (*part.rglob("*"), part):
+            flush(path)
         if out.exists():  # and is empty; somebody may stand in it
             for file in part.iterdir():
                 file.rename(out / file.name)
+            flush(out)
         else:
             part.rename(out)
+            flush(out.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"cannot write to {out}: {reason}") from error

@@ -25,7 +25,7 @@ from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run
 from openjepa.engine.train import train
-from openjepa.engine.whole import write_whole
+from openjepa.engine.whole import make_folder, write_whole
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
@@ -164,7 +164,7 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     elif out.exists() and (not out.is_dir() or any(f.name not in BEGINNINGS for f in out.iterdir())):
         raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_whole(out / "data.json", json.dumps(about, indent=1) + "\n")
         write_whole(out / "recipe.yaml", to_yaml(recipe))  # last: with it a folder is a run
     except OSError as error:
