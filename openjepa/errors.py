@@ -13,7 +13,9 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """What another library's error says, in one line; of the disk's, without the number and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -33,13 +33,9 @@ def patiently(url: str, read: Callable[[], T]) -> T:
         except Exception as error:  # every store raises its own kinds
             if wait is None:
                 tries = f"{len(WAITS_S) + 1} tries in {sum(WAITS_S):g} s"
-                raise UserError(f"cannot read {url}: {reason(error)} ({tries})") from error
+                raise UserError(f"cannot read {url}: {first_line(error)} ({tries})") from error
             time.sleep(wait)
     raise AssertionError("unreachable")
-
-
-def reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def locate(url: str) -> tuple[Any, str]:
@@ -67,7 +63,7 @@ def about(url: str) -> tuple[int, str]:
             fs, path = locate(url)
             found = fs.info(path)
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise UserError(f"data '{url}': {reason(error)}") from error
+            raise UserError(f"data '{url}': {first_line(error)}") from error
         if found.get("type") == "directory" or found.get("size") is None:
             raise UserError(f"data '{url}': no file whose size the store tells")
         return int(found["size"]), " ".join(str(found[key]) for key in ("size", *CHANGES) if key in found)

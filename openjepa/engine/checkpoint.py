@@ -278,7 +278,7 @@ def storage_failure(error: BaseException) -> str | None:
     seen = [error, error.__cause__, *(wrapped[0] for wrapped in getattr(error, "failures", {}).values())]
     for found in seen:
         if isinstance(found, OSError | SafetensorError):
-            return getattr(found, "strerror", None) or first_line(found)
+            return first_line(found)
     return None
 
 

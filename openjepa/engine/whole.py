@@ -95,8 +95,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             part.rename(out)
             flush(out.parent)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"cannot write to {out}: {reason}") from error
+        raise UserError(f"cannot write to {out}: {first_line(error)}") from error
     finally:
         if part:
             shutil.rmtree(part, ignore_errors=True)
