@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from openjepa.bench.clock import Rows, spread
-from openjepa.bench.train import MASKS, Case, Variant, flops
+from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops
 from openjepa.engine.device import pick_device, pick_precision
 from openjepa.errors import UserError, last_line
 from openjepa.masking import MaskingConfig, sample
@@ -52,10 +52,10 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
         for value, case in cases:
             masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
             images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
-            variant = Variant("", case, device, precision)
+            trainee = Trainee(Variant("", case, precision), device)
             for s in range(warmup + steps):
-                variant.step(images, masks[s % MASKS].to(device), device)
-            taken, work = variant.seconds[warmup:], flops(case, masks) * case.batch
+                trainee.step(images, masks[s % MASKS].to(device))
+            taken, work = trainee.seconds[warmup:], flops(case, masks) * case.batch
             rows.append(
                 {
                     "axis": axis,
