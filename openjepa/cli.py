@@ -204,6 +204,7 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
 
 def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.bench.measure import measure
+    from openjepa.engine.run import Interrupted
 
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))
     asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds")}
@@ -211,7 +212,11 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
         asked["values"] = pairs(rest)
     else:
         refuse(rest)
-    measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json, **asked)
+    try:
+        measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json, **asked)
+    except Interrupted as stop:
+        print("stopped: nothing of this measurement is kept", file=sys.stderr)
+        sys.exit(stop.status)
 
 
 COMMANDS = {

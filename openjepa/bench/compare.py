@@ -29,8 +29,7 @@ from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, Images, PixelFeatures, View, extract
 from openjepa.evaluate.knn import knn_predict
-from openjepa.evaluate.linear import RECIPES as PROBES
-from openjepa.evaluate.linear import Probe
+from openjepa.evaluate.linear import LinearConfig, Probe
 from openjepa.evaluate.subjects import Task, class_tasks
 from openjepa.recipes.exchange import load
 from openjepa.recipes.methods import METHODS
@@ -42,6 +41,9 @@ POINTS = 5  # looks at each run
 PACE_STEPS = 40  # that show it, the first half to warm up
 LABELLED, TESTED = 10_000, 5_000  # most images that a look uses
 K = 20
+PROBE = LinearConfig(
+    features=("concat4",), lrs=(0.01, 0.03, 0.1, 0.3), decays=(0.0,), epochs=20, min_steps=300
+)  # for a look
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Jury:
         classes = len(task.classes)
         near = knn_predict(bank[:, -1], labels, queries[:, -1], classes, (K,), device=self.device)
         train, test = (Features(x.numpy(), np.arange(len(x))) for x in (bank, queries))
-        linear = Probe(PROBES["fast"], train, labels, classes, self.device).run(test).predictions
+        linear = Probe(PROBE, train, labels, classes, self.device).run(test).predictions
         return {
             "knn": float((next(iter(near.values())) == expected).float().mean()),
             "linear": float((linear == expected).float().mean()),

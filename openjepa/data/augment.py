@@ -64,7 +64,7 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
         import torch  # seconds of import that I-JEPA itself never needs
         from torchvision.transforms.v2 import functional as T
 
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         if jitter:
             factors = 1 + np.array(config.jitter[:3]) * (2 * u[3:6] - 1)
             image = T.adjust_brightness(image, max(0.0, factors[0]))
