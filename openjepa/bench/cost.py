@@ -1,4 +1,4 @@
-"""`openjepa bench scaling` and `start`: what a step costs as it grows, and what comes before the first."""
+"""`openjepa bench scaling`, `batches` and `start`: what a step costs as it grows, and what comes before the first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,44 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
                     **spread(taken),
                     "gflop": work / 1e9,
                     "gflops": work / median(taken) / 1e9,
+                }
+            )
+    return rows
+
+
+GIANTS = (
+    Case("ViT-H/14", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 64),
+    Case("ViT-G/16", ViTConfig(size="G"), PredictorConfig(depth=16), 64),
+)
+FEW = (4, 8, 16, 32, 64)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, 64 and 32
+
+
+def batches(steps: int = 12, warmup: int = 3) -> Rows:
+    """Seconds and memory of a step of the two largest, as the images that a device holds become few; for `bench fleet`."""
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+    rows: Rows = []
+    for case in GIANTS:
+        variant = Variant(case.name, case, device, precision)
+        for count in FEW:
+            masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
+            images = torch.randn(count, 3, *case.model.image_size, device=device)
+            variant.forget()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            for s in range(warmup + steps):
+                variant.step(images, masks[s % MASKS].to(device), device)
+            taken = variant.seconds[warmup:]
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            rows.append(
+                {
+                    "model": case.name,
+                    "batch": count,
+                    **spread(taken),
+                    "deviation": stdev(taken) / median(taken),
+                    **{f"{part}_s": median(times[warmup:]) for part, times in variant.parts.items()},
+                    "peak_gib": peak / 2**30,
+                    "precision": precision,
                 }
             )
     return rows

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from openjepa.bench import parts
 from openjepa.bench.clock import Rows
-from openjepa.bench.cost import scaling, start
+from openjepa.bench.cost import batches, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
 from openjepa.bench.peers import against
@@ -37,6 +37,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "evaluate": evaluate,
     "probe": parts.probe,
     "scaling": scaling,
+    "batches": batches,
     "start": start,
     "attention": parts.attention,
     "context": parts.context,

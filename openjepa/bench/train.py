@@ -77,6 +77,10 @@ class Variant:
         if "fused updates" in plain:
             self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
         self.autocast = pick_autocast(precision, device)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was timed until now."""
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
 
