@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from openjepa.bench.clock import Rows, spread
-from openjepa.bench.train import MASKS, Case, Variant, flops
+from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, most_memory
 from openjepa.engine.device import pick_device, pick_precision
 from openjepa.errors import UserError, last_line
 from openjepa.masking import MaskingConfig, sample
@@ -52,10 +52,10 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
         for value, case in cases:
             masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
             images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
-            variant = Variant("", case, device, precision)
+            trainee = Trainee(Variant("", case, precision), device)
             for s in range(warmup + steps):
-                variant.step(images, masks[s % MASKS].to(device), device)
-            taken, work = variant.seconds[warmup:], flops(case, masks) * case.batch
+                trainee.step(images, masks[s % MASKS].to(device))
+            taken, work = trainee.seconds[warmup:], flops(case, masks) * case.batch
             rows.append(
                 {
                     "axis": axis,
@@ -69,10 +69,17 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
 
 
 GIANTS = (
-    Case("ViT-H/14", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 64),
-    Case("ViT-G/16", ViTConfig(size="G"), PredictorConfig(depth=16), 64),
+    Case("ViT-H/14", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 128),
+    Case("ViT-G/16", ViTConfig(size="G"), PredictorConfig(depth=16), 128),
 )
-FEW = (4, 8, 16, 32, 64)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, 64 and 32
+FEW = (
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
 
 
 def batches(steps: int = 12, warmup: int = 3) -> Rows:
@@ -81,26 +88,24 @@ def batches(steps: int = 12, warmup: int = 3) -> Rows:
     precision = pick_precision("auto", device)
     rows: Rows = []
     for case in GIANTS:
-        variant = Variant(case.name, case, device, precision)
+        trainee = Trainee(Variant(precision, case, precision), device)
         for count in FEW:
             masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
             images = torch.randn(count, 3, *case.model.image_size, device=device)
-            variant.forget()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            for s in range(warmup + steps):
-                variant.step(images, masks[s % MASKS].to(device), device)
-            taken = variant.seconds[warmup:]
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            trainee.forget()
+            with most_memory(device) as memory:
+                for s in range(warmup + steps):
+                    trainee.step(images, masks[s % MASKS].to(device))
+            taken = trainee.seconds[warmup:]
             rows.append(
                 {
                     "model": case.name,
+                    "variant": precision,
                     "batch": count,
                     **spread(taken),
                     "deviation": stdev(taken) / median(taken),
-                    **{f"{part}_s": median(times[warmup:]) for part, times in variant.parts.items()},
-                    "peak_gib": peak / 2**30,
-                    "precision": precision,
+                    **{f"{part}_s": median(times[warmup:]) for part, times in trainee.parts.items()},
+                    **memory,
                 }
             )
     return rows

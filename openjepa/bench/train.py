@@ -5,6 +5,7 @@ Variants take turns on the same images and masks in one process, so that what el
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from openjepa.engine.train import gradient_norm
 from openjepa.masking import MaskingConfig, Masks, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models import layers
-from openjepa.models.layers import Block, Layout, PatchEmbed, Shared, patchify, shared_attention, take
+from openjepa.models.layers import Block, Layout, PatchEmbed, Recompute, Shared, patchify, shared_attention, take
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 
@@ -43,6 +44,7 @@ class Case:
     model: ViTConfig
     predictor: PredictorConfig
     batch: int
+    recompute: Recompute = "none"  # of activations, where they would not fit otherwise
 
 
 CPU = (
@@ -54,7 +56,10 @@ CPU = (
 CUDA = (
     Case("ViT-B/16, 224 px", ViTConfig(size="B"), PredictorConfig(), 256),
     Case("ViT-L/16, 224 px", ViTConfig(size="L"), PredictorConfig(depth=12), 128),
-    Case("ViT-H/14, 224 px", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 64),
+    Case(
+        "ViT-H/14, 224 px", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 128
+    ),  # as many as the paper's GPUs had
+    Case("ViT-G/16, 224 px", ViTConfig(size="G"), PredictorConfig(depth=16), 128, recompute="selective"),
 )
 
 
@@ -62,21 +67,32 @@ def cases(device: torch.device) -> tuple[Case, ...]:
     return CUDA if device.type == "cuda" else CPU
 
 
+@dataclass(frozen=True)
 class Variant:
-    """One way to take a step, with its own weights."""
+    """One way to take a step."""
 
-    def __init__(self, name: str, case: Case, device: torch.device, precision: Precision, *, plain: Sequence[str] = (),
-                 compiled: bool = False) -> None:  # fmt: skip
-        """plain: the techniques that it does without. compiled: its blocks, by torch.compile."""
-        self.name, self.case, self.plain = name, case, [*plain]
+    name: str
+    case: Case
+    precision: Precision
+    plain: Sequence[str] = ()  # the techniques that it does without
+    compiled: bool = False  # its blocks, by torch.compile
+
+
+class Trainee:
+    """A variant with its own weights, and what its steps took."""
+
+    def __init__(self, variant: Variant, device: torch.device) -> None:
+        self.variant, self.device = variant, device
         torch.manual_seed(0)
+        case = variant.case
         self.method = IJEPA(case.model, case.predictor, LossConfig()).to(device).train()
-        if compiled:
+        if variant.compiled:
             self.method.compile_blocks()
+        self.method.recompute_blocks(case.recompute)
         self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
-        if "fused updates" in plain:
+        if "fused updates" in variant.plain:
             self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
-        self.autocast = pick_autocast(precision, device)
+        self.autocast = pick_autocast(variant.precision, device)
         self.forget()
 
     def forget(self) -> None:
@@ -84,10 +100,11 @@ class Variant:
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
 
-    def step(self, images: Tensor, masks: Masks, device: torch.device) -> None:
+    def step(self, images: Tensor, masks: Masks) -> None:
         """One whole step, timed by its parts."""
-        method, times = self.method, [now(device)]
-        with without(self.plain):
+        method, device, plain = self.method, self.device, self.variant.plain
+        times = [now(device)]
+        with without(plain):
             with self.autocast():
                 features = method.target_encoder_features(images)
                 targets = method.targets(features, masks)
@@ -102,7 +119,7 @@ class Variant:
             self.optimizer.step()
             self.optimizer.zero_grad()
             times.append(now(device))
-            if "fused updates" in self.plain:
+            if "fused updates" in plain:
                 with torch.no_grad():
                     pairs = zip(method.target_encoder.parameters(), method.encoder.parameters(), strict=True)
                     for theirs, ours in pairs:
@@ -122,11 +139,11 @@ def train(steps: int = 12, warmup: int = 3) -> Rows:
         best = pick_precision("auto", device)
         shared = replace(case, predictor=replace(case.predictor, context="shared"))
         return [
-            Variant("released", case, device, "fp32", plain=[*PLAIN]),
-            Variant("float32", case, device, "fp32"),
-            Variant("bf16", case, device, "bf16"),
-            Variant(f"compiled, {best}", case, device, best, compiled=True),
-            Variant(f"shared context, {best}", shared, device, best),
+            Variant("released", case, "fp32", plain=[*PLAIN]),
+            Variant("float32", case, "fp32"),
+            Variant("bf16", case, "bf16"),
+            Variant(f"compiled, {best}", case, best, compiled=True),
+            Variant(f"shared context, {best}", shared, best),
         ]
 
     return measured(variants, steps, warmup)
@@ -138,46 +155,71 @@ def techniques(steps: int = 9, warmup: int = 2) -> Rows:
     def variants(case: Case, device: torch.device) -> list[Variant]:
         best = pick_precision("auto", device)
         return [
-            Variant("openjepa", case, device, best),
-            *(Variant(f"without {name}", case, device, best, plain=[name]) for name in PLAIN),
+            Variant("openjepa", case, best),
+            *(Variant(f"without {name}", case, best, plain=[name]) for name in PLAIN),
         ]
 
     return measured(variants, steps, warmup)
 
 
 def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int, warmup: int) -> Rows:
-    """Steps of every variant in turn, for every case of the device."""
+    """Steps of every variant, for every case: on a CPU in turn, on a GPU, whose memory they fill, one after another."""
     device = pick_device("auto")
     peak = max(matrix_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    rows = []
+    rows: Rows = []
     for case in cases(device):
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
         masks = [m.to(device) for m in drawn]
         ways = variants(case, device)
-        for step in range(warmup + steps):
-            for way in ways:
-                way.step(images, masks[step % MASKS], device)
-        for way in ways:
-            taken = median(way.seconds[warmup:])
-            work = flops(way.case, masks, way.plain)
-            rows.append(
-                {
-                    "model": case.name,
-                    "variant": way.name,
-                    "images_per_s": case.batch / taken,
-                    f"over_{ways[0].name}": median(ways[0].seconds[warmup:]) / taken,
-                    **spread(way.seconds[warmup:]),
-                    "gflop_per_image": work / 1e9,
-                    "share_of_peak": work * case.batch / taken / peak,
-                    "peak_gflops": peak / 1e9,
-                    **{f"{part}_s": median(times[warmup:]) for part, times in way.parts.items()},
-                    "context_tokens": float(np.mean([m.context.shape[-1] for m in drawn])),
-                    "target_tokens": float(np.mean([m.targets.shape[-1] for m in drawn])),
-                    "batch": case.batch,
-                }
-            )
+        found: Rows = []
+        for together in ([way] for way in ways) if device.type == "cuda" else [ways]:
+            trainees = [Trainee(way, device) for way in together]
+            with most_memory(device) as memory:
+                for step in range(warmup + steps):
+                    for trainee in trainees:
+                        trainee.step(images, masks[step % MASKS])
+            found += [{**row(trainee, masks, warmup, peak), **memory} for trainee in trainees]
+            del trainees
+            for each in found[-len(together) :]:
+                print(f"{case.name}, {each['variant']}: {each['images_per_s']:.1f} images/s", file=sys.stderr)
+        baseline = f"over_{ways[0].name}"
+        for each in found:
+            each[baseline] = found[0]["median_s"] / each["median_s"]
+            each["context_tokens"] = float(np.mean([m.context.shape[-1] for m in drawn]))
+            each["target_tokens"] = float(np.mean([m.targets.shape[-1] for m in drawn]))
+        rows += found
     return rows
+
+
+def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> dict[str, Any]:
+    """What a trainee's steps took, beside the work that is in them."""
+    variant, seconds = trainee.variant, trainee.seconds[warmup:]
+    work, batch = flops(variant.case, masks, variant.plain), variant.case.batch
+    return {
+        "model": variant.case.name,
+        "variant": variant.name,
+        "images_per_s": batch / median(seconds),
+        **spread(seconds),
+        "gflop_per_image": work / 1e9,
+        "share_of_peak": work * batch / median(seconds) / peak,
+        "peak_gflops": peak / 1e9,
+        **{f"{part}_s": median(times[warmup:]) for part, times in trainee.parts.items()},
+        "batch": batch,
+    }
+
+
+@contextmanager
+def most_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """The most that was allocated on a GPU meanwhile; says nothing of other devices."""
+    found: dict[str, float] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def profile(steps: int = 3) -> Rows:
@@ -190,13 +232,13 @@ def profile(steps: int = 3) -> Rows:
         ProfilerActivity.CPU, "self_cpu_time_total")  # fmt: skip
     rows: Rows = []
     for case in cases(device):
-        variant = Variant("", case, device, pick_precision("auto", device))
+        trainee = Trainee(Variant("", case, pick_precision("auto", device)), device)
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         masks = sample(MaskingConfig(), case.model.grid, 0, 0, np.arange(case.batch)).to(device)
-        variant.step(images, masks, device)
+        trainee.step(images, masks)
         with recorded(activities=[kind]) as seen:
             for _ in range(steps):
-                variant.step(images, masks, device)
+                trainee.step(images, masks)
         times = {event.key: getattr(event, spent) for event in seen.key_averages()}
         whole = sum(times.values())
         largest = sorted(times, key=lambda key: -times[key])[:10]
@@ -209,7 +251,8 @@ def flops(case: Case, masks: Sequence[Masks], plain: Sequence[str] = ()) -> floa
 
     What a kernel computes twice, such as attention's scores in its backward pass, counts once.
     """
-    method, images = IJEPA(case.model, case.predictor, LossConfig()), torch.zeros(1, 3, *case.model.image_size)
+    with torch.device("meta"):  # shapes alone, no numbers
+        method, images = IJEPA(case.model, case.predictor, LossConfig()), torch.zeros(1, 3, *case.model.image_size)
     found = []
     for mask in masks:
         with without([*plain, "torch's attention"]), FlopCounterMode(display=False) as counter:
