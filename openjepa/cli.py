@@ -320,8 +320,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--against", metavar="PEER", help="train: beside lightly's or stable-pretraining's I-JEPA module")
-    p.add_argument("--data", metavar="SPEC", help="data: of these images instead of rendered ones")
-    p.add_argument("--plot", metavar="FILE.png", help="scaling: draw it")
+    p.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="data: of these images instead of rendered ones; fleet: a file of `bench batches`",
+    )
+    p.add_argument("--plot", metavar="FILE.png", help="scaling, fleet: draw it")
     p.add_argument("--json", action="store_true", help="print all numbers as JSON")
     p.add_argument("--out", metavar="FILE", help="add them to a JSON file, one for a machine")
     return top

@@ -82,7 +82,7 @@ FEW = (
 )  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
 
 
-def batches(steps: int = 12, warmup: int = 3) -> Rows:
+def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:
     """Seconds and memory of a step of the two largest, as the images that a device holds become few; for `bench fleet`."""
     device = pick_device("auto")
     precision = pick_precision("auto", device)
@@ -103,7 +103,8 @@ def batches(steps: int = 12, warmup: int = 3) -> Rows:
                     "variant": precision,
                     "batch": count,
                     **spread(taken),
-                    "deviation": stdev(taken) / median(taken),
+                    "deviation": stdev(b / a for a, b in zip(taken, taken[MASKS:], strict=False))
+                    / 2**0.5,  # of equal masks
                     **{f"{part}_s": median(times[warmup:]) for part, times in trainee.parts.items()},
                     **memory,
                 }

@@ -18,6 +18,7 @@ from openjepa.bench.clock import Rows
 from openjepa.bench.cost import batches, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
+from openjepa.bench.fleet import fleet
 from openjepa.bench.peers import against
 from openjepa.bench.soak import soak
 from openjepa.bench.train import profile, techniques, train
@@ -26,6 +27,7 @@ from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 
 COLUMNS = 9  # of a table that a terminal can hold
+FIGURES = {"scaling": "cost_figure", "fleet": "fleet_figure"}  # in see, of what is drawn
 PICTURES = (".png", ".svg", ".pdf")
 
 BENCHES: dict[str, Callable[..., Rows]] = {
@@ -38,6 +40,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "probe": parts.probe,
     "scaling": scaling,
     "batches": batches,
+    "fleet": fleet,
     "start": start,
     "attention": parts.attention,
     "context": parts.context,
@@ -49,15 +52,19 @@ BENCHES: dict[str, Callable[..., Rows]] = {
 
 def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
             as_json: bool = False) -> None:  # fmt: skip
-    """Measure and say what was found. peer, spec, plot: of `train`, `data` and `scaling` alone; out: a file of many measurements.
+    """Measure and say what was found. peer, spec, plot: of those they go with alone; out: a file of many measurements.
 
     Raises UserError, before anything is measured, for what could not be kept.
     """
     if what not in BENCHES:
         raise UserError(f"unknown measurement '{what}': one of {', '.join(BENCHES)}{nearest(what, BENCHES)}")
-    for flag, given, whose in (("--against", peer, "train"), ("--data", spec, "data"), ("--plot", plot, "scaling")):
-        if given and what != whose:
-            raise UserError(f"{flag} goes with bench {whose}")
+    for flag, given, whose in (
+        ("--against", peer, ["train"]),
+        ("--data", spec, ["data", "fleet"]),
+        ("--plot", plot, [*FIGURES]),
+    ):
+        if given and what not in whose:
+            raise UserError(f"{flag} goes with bench {' or '.join(whose)}")
     if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir()):
         raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
     if out:
@@ -68,9 +75,9 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
     command = shlex.join(["openjepa", *sys.argv[1:]])
     record = {"command": command, "date": begun, "environment": environment(), "rows": rows}
     if plot:
-        from openjepa.see.figures import cost_figure
+        from openjepa.see import figures
 
-        cost_figure(rows).savefig(plot, dpi=150)
+        getattr(figures, FIGURES[what])(rows).savefig(plot, dpi=150)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, json.dumps({**kept(out), name: record}, indent=1) + "\n")
