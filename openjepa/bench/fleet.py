@@ -53,6 +53,8 @@ INPUTS = {
     "bucket": Input(26.2, "MB", "torch's DDP: 25 MiB"),
     "jitter": Input(0.02, "of a step, a device", "assumed: standard deviation between devices"),
     "pauses": Input(1e-5, "a step and device", "assumed; each of 1 s; in the simulation alone"),
+    "ImageNet-1k": Input(115.4, "kB an image", "the archive: 147.9 GB, 1,281,167 images"),
+    "ImageNet-22k": Input(92.3, "kB an image", "the archive: 1.31 TB, 14,197,122 images"),
     "cores": Input(112, "a node", "data sheet, DGX H100"),
     "decoding": Input(817, "images/s, a core", "measured, 55 kB photographs: `openjepa bench data`, xeon-2-cores.json"),
     "copying a checkpoint": Input(5, "GB/s, a device", "assumed: to host memory that is not pinned"),
@@ -74,12 +76,12 @@ class Job:
     name: str
     recipe: Recipe
     images: int  # of an epoch
-    image_kb: float  # as they lie there
+    image_kb: float  # as it lies there
 
 
 JOBS = (
-    Job("ViT-H/14", ijepa_vith14(), 1_281_167, 115.4),  # the training archive's 147.9 GB
-    Job("ViT-G/16", ijepa_vitg16_in22k(), 14_197_122, 92.3),  # the whole archive's 1.31 TB
+    Job("ViT-H/14", ijepa_vith14(), 1_281_167, given("ImageNet-1k")),
+    Job("ViT-G/16", ijepa_vitg16_in22k(), 14_197_122, given("ImageNet-22k")),
 )
 
 

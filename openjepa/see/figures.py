@@ -253,9 +253,9 @@ def fleet_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.set_xlabel("H100s", fontsize=8)
         tidy(axis)
         left = np.zeros(len(mine))
-        for part, (name, colour) in SPENT.items():
-            shares = [100 * row[part] / sum(map(row.get, SPENT)) for row in mine]
-            time.barh(range(len(mine)), shares, 0.7, left=left, color=colour, label=name)
+        for key, (spent, colour) in SPENT.items():
+            shares = [100 * row[key] / sum(row[k] for k in SPENT) for row in mine]
+            time.barh(range(len(mine)), shares, 0.7, left=left, color=colour, label=spent)
             left += shares
         time.set_yticks(range(len(mine)), [f"{row['devices']}, batch {row['batch']:,}" for row in mine])
         time.invert_yaxis()
