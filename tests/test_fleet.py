@@ -14,7 +14,7 @@ from openjepa.engine.optim import build_optimizer
 from openjepa.methods.ijepa import IJEPA
 from openjepa.recipes.ijepa import ijepa_scenes
 from openjepa.see.figures import SPENT, fleet_figure
-from tests.helpers import command, refused
+from tests.helpers import refused
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 TINY = Job("tiny", ijepa_scenes(), 100_000, 10.0)
