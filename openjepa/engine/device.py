@@ -13,6 +13,8 @@ import torch
 
 from openjepa.errors import UserError, first_line
 
+MOST_WORKERS = 16  # one makes about 1,000 crops of 224 pixels a second
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` takes a GPU if there is one, this process's own. Raises UserError for a device that is not here."""
@@ -63,6 +65,17 @@ def has_fast_bf16(device: torch.device) -> bool:
             torch.mm(a, b)
             seconds[name][i] = time.perf_counter() - start
     return min(seconds["bf16"]) * 1.2 < min(seconds["fp32"])
+
+
+def pick_workers(workers: int | None, device: torch.device) -> int:
+    """Processes that load images, as many as are asked for: else none on a CPU, whose cores they would take from the training,
+    and beside a GPU its share of the cores, one of them left for the training."""
+    if workers is not None:
+        return workers
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 class Later:

@@ -48,7 +48,7 @@ class MachineConfig:
     """Where it runs. Changes no result on the same hardware."""
 
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
-    workers: int = 0  # processes that load images
+    workers: int | None = None  # processes that load images; null: beside a GPU its share of the cores, else none
     compile: bool = False  # torch.compile the method
     strategy: Strategy = "ddp"  # over several processes: each holds all, or fsdp: each a share of every parameter
     recompute: Recompute = "none"  # activations in backward: selective all but matrix products and attention, or full
@@ -59,7 +59,7 @@ class MachineConfig:
     wandb: str | None = None  # Weights & Biases project to log to
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UserError(f"machine.workers is {self.workers}: it must not be negative")
         if self.checkpoint_every <= 0 or self.keep < 1 or self.keep_every < 0 or self.patience_s <= 0:
             raise UserError(

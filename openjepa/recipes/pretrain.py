@@ -19,7 +19,7 @@ from openjepa.data.order import epoch_order
 from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
-from openjepa.engine.device import pick_autocast, pick_device, pick_precision
+from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers
 from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
@@ -115,7 +115,9 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
         )
         train(
             method,
-            batches(steps, run.step, schedule.steps, recipe.machine.workers, pin=device.type == "cuda"),
+            batches(
+                steps, run.step, schedule.steps, pick_workers(recipe.machine.workers, device), pin=device.type == "cuda"
+            ),
             optimizer,
             schedule,
             run,
