@@ -298,7 +298,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="RUN")
     p.add_argument("--format", required=True, metavar="FORMAT", help="hf, timm, onnx, safetensors or released")
     p.add_argument("--out", metavar="DIR", required=True)
-    p.add_argument("--network", choices=("target_encoder", "encoder", "predictor"), help="target_encoder unless told")
+    p.add_argument(
+        "--network",
+        choices=("target_encoder", "encoder", "predictor"),
+        help="target_encoder unless told; a run of MAE has an encoder alone",
+    )
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the run's: positions are interpolated")
 
     p = commands.add_parser("report", help="draw a run into RUN/report.html")
@@ -333,7 +337,11 @@ def parser() -> argparse.ArgumentParser:
 
 def how(p: argparse.ArgumentParser) -> None:
     """Options of the commands that read labelled images with an encoder."""
-    p.add_argument("--network", choices=("target_encoder", "encoder"), help="target_encoder unless told")
+    p.add_argument(
+        "--network",
+        choices=("target_encoder", "encoder"),
+        help="target_encoder unless told; a run of MAE has an encoder alone",
+    )
     p.add_argument(
         "--crop", type=float, metavar="SHARE", help="0.875 is resize 256, crop 224; 1, or the named set's, unless told"
     )

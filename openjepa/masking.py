@@ -92,6 +92,12 @@ class Masks:
             return Masks(self.context[index], self.targets[index])
         return Masks(self.context[index], self.targets[index], self.lengths[index], int(self.lengths[index].sum()))
 
+    def counts(self) -> dict[str, float]:
+        """Mean context tokens of an image, and target tokens over its blocks."""
+        b, c, k = self.context.shape
+        context = k if self.lengths is None else self.total / (b * c)
+        return {"context_tokens": float(context), "target_tokens": float(self.targets.shape[1] * self.targets.shape[2])}
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Masks:
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
@@ -101,6 +107,57 @@ class Masks:
     def _map(self, move: Callable[[Tensor], Tensor]) -> Masks:
         lengths = None if self.lengths is None else move(self.lengths)
         return Masks(move(self.context), move(self.targets), lengths, self.total)
+
+
+def sample_share(
+    config: MaskingConfig, grid: Grid, seed: int, step: int, slots: np.ndarray, share: np.ndarray
+) -> Masks:
+    """The masks of a share of a step's slots, as `sample` makes them for all."""
+    return sample(config, grid, seed, step, slots).rows(share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMaskingConfig:
+    """Which patches of an image's crops a learned vector stands in for, while the others stay visible (iBOT; BEiT)."""
+
+    shape: Literal["block", "random"] = "block"
+    masked: float = 0.5  # share of the crops that are masked at all
+    hidden: Range = (0.1, 0.5)  # of those, the share of the patches that is hidden
+
+    def __post_init__(self) -> None:
+        low, high = self.hidden
+        if not 0 < low <= high < 1:
+            raise UserError(f"token_masking.hidden is ({low}, {high}): hide some and leave some, the smaller first")
+        if not 0 < self.masked <= 1:
+            raise UserError(f"token_masking.masked is {self.masked}: a share above 0, 1 at most")
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """hidden: bool [B, G, N], of every image's crops the patches that are hidden.
+
+    total: how many, known to the host so that no device need be asked.
+    """
+
+    hidden: Tensor
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def rows(self, index: slice | np.ndarray) -> TokenMasks:
+        """The masks of some of the images (on the host)."""
+        return TokenMasks(self.hidden[index], int(self.hidden[index].sum()))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TokenMasks:
+        return TokenMasks(self.hidden.to(device, non_blocking=non_blocking), self.total)
+
+    def pin_memory(self) -> TokenMasks:
+        return TokenMasks(self.hidden.pin_memory(), self.total)
+
+    def counts(self) -> dict[str, float]:
+        """Mean hidden tokens of an image, over its crops."""
+        return {"hidden_tokens": self.total / len(self)}
 
 
 def sample(config: MaskingConfig, grid: Grid, seed: int, step: int, slots: np.ndarray) -> Masks:
@@ -228,6 +285,58 @@ def released(
         torch.stack([torch.stack([row[:shortest] for row in rows]) for rows in contexts]),
         torch.stack([torch.stack(rows) for rows in targets]),
     )
+
+
+# ---------------------------------------------------------------- hidden tokens, visible to a network as one learned vector
+
+BLOCKS, TRIES = 32, 10  # most rectangles of a crop, and draws of each
+TOKEN_ASPECT = (0.3, 1 / 0.3)  # height / width
+
+
+def hide_tokens(config: TokenMaskingConfig, grid: Grid, crops: int, seed: int, step: int, slots: np.ndarray,
+                share: np.ndarray) -> TokenMasks:  # fmt: skip
+    """Hidden patches of every image's crops, for a share of a step's slots (iBOT, appendix): a function of seed and slot alone."""
+    slots = slots[share]
+    height, width = grid
+    hidden = np.zeros((len(slots) * crops, height, width), dtype=bool)
+    draws = Draws(seed, "token masks", (slots[:, None] * crops + np.arange(crops)).ravel())
+    whether, share = draws.uniform(2).T
+    share = config.hidden[0] + share * (config.hidden[1] - config.hidden[0])
+    wanted = np.where(whether < config.masked, (share * height * width).astype(int), 0)
+    if config.shape == "random":
+        rank = draws.uniform(height * width).argsort(-1).argsort(-1)
+        hidden = (rank < wanted[:, None]).reshape(hidden.shape)
+    else:
+        for i in np.flatnonzero(wanted):
+            numbers = draws.take(np.array([i])).uniform(BLOCKS, TRIES, 4)[0]
+            rectangles(hidden[i], int(wanted[i]), numbers)
+    patches = hidden.reshape(len(slots), crops, -1)
+    return TokenMasks(torch.from_numpy(patches), int(patches.sum()))
+
+
+def rectangles(mask: np.ndarray, count: int, u: np.ndarray) -> None:
+    """Hide rectangles until `count` patches are hidden, or none of ten draws fits any more. u: [BLOCKS, TRIES, 4] uniforms."""
+    height, width = mask.shape
+    smallest = (min(height, width) // 3) ** 2
+    low, high = np.log(TOKEN_ASPECT)
+    left = count
+    for tries in u:
+        for area, aspect, y, x in tries:
+            area = smallest + area * (left - smallest)
+            ratio = math.exp(low + aspect * (high - low))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if not (0 < h < height and 0 < w < width):
+                continue
+            top, side = int(y * (height - h + 1)), int(x * (width - w + 1))
+            block = mask[top : top + h, side : side + w]
+            if 0 < (new := block.size - int(block.sum())) <= left:
+                block[:] = True
+                left -= new
+                break
+        else:
+            return
+        if left <= 0:
+            return
 
 
 # ---------------------------------------------------------------- ragged contexts

@@ -30,7 +30,7 @@ def test_only_context_encoder_and_predictor_learn():
 def test_the_target_encoder_sees_the_whole_image_and_is_layer_normed():
     method, images, masks = make(), torch.randn(4, 3, 32, 32), masks_of()
     features = method.target_encoder(images)
-    targets = method.targets(features, masks)
+    targets = method.targets(images, masks)
     index = masks.targets[2, 1, 3]
     expected = torch.nn.functional.layer_norm(features[2, index], (24,))
     assert torch.allclose(targets[2, 1, 3], expected, atol=1e-6)

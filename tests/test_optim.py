@@ -72,7 +72,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
 
     p = torch.nn.Parameter(torch.zeros(4))
     p.grad = torch.full((4,), 3.0)
-    assert gradient_norm([p], None).item() == pytest.approx(6.0)
+    assert gradient_norm([p], OptimConfig()).item() == pytest.approx(6.0)
     assert p.grad.norm().item() == pytest.approx(6.0)
-    assert gradient_norm([p], 1.5).item() == pytest.approx(6.0)
+    assert gradient_norm([p], OptimConfig(clip_norm=1.5)).item() == pytest.approx(6.0)
     assert p.grad.norm().item() == pytest.approx(1.5, rel=1e-4)

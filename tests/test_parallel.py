@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch
 
 from openjepa.data.augment import AugmentConfig
 from openjepa.data.sources import open_source
-from openjepa.data.stream import DataConfig, Steps, share
+from openjepa.data.stream import DataConfig, Steps, Views, share
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
-from openjepa.masking import MaskingConfig
+from openjepa.masking import MaskingConfig, sample_share
 from openjepa.recipes.recipe import Recipe, override, to_yaml
 from tests.helpers import same
 
@@ -121,10 +122,9 @@ def test_ranks_share_out_the_very_batch_of_one(folder, ranks, context):
     source = open_source(str(folder))
 
     def batch(which: np.ndarray | None):
-        masking = MaskingConfig(context=context)
-        return Steps(source, DataConfig(batch_size=16), AugmentConfig(), masking, (32, 32), (8, 8), 3, 0, which).batch(
-            3
-        )
+        masks = partial(sample_share, MaskingConfig(context=context), (8, 8))
+        views = Views((AugmentConfig(),), (32, 32), 3, masks)
+        return Steps(source, DataConfig(batch_size=16), views, 0, which).batch(3)
 
     whole = batch(None)
     for part in range(2):
@@ -166,7 +166,7 @@ launch.Roll.begin = meet
 if fault == "bad":
     from openjepa.methods.ijepa import IJEPA
     forward, seen = IJEPA.forward, []
-    def odd(self, images, masks):
+    def odd(self, images, masks, small=None):
         seen.append(1)
         if rank == 1 and len(seen) in (4, 6, 7):
             images = images.clone(); images[1] = float("nan")

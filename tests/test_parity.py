@@ -90,7 +90,7 @@ def test_predictions(run):
 
 
 def test_targets(run):
-    targets = run.method.targets(run.method.target_encoder_features(run.images()), run.masks(0))
+    targets = run.method.targets(run.images(), run.masks(0))
     holds("targets", [error(targets.transpose(0, 1).flatten(0, 1), run.tensors["step0.target_features"])], 1e-5)
 
 
@@ -125,7 +125,17 @@ def test_ten_steps_of_our_engine(run, tmp_path):
         return out
 
     device = torch.device("cpu")
-    watch = Watch(folder, MonitorsConfig(), schedule, run.method, DataConfig(batch_size=6), 30, device, None)
+    watch = Watch(
+        folder,
+        MonitorsConfig(),
+        schedule,
+        run.method,
+        DataConfig(batch_size=6),
+        30,
+        device,
+        lambda batch: run.method.product(batch.images),
+        None,
+    )
     optimizer, fp32 = build_optimizer(run.method, optim), pick_autocast("fp32", device)
     with folder, pytest.raises(Interrupted):
         train(run.method, batches, optimizer, schedule, folder, watch, forward=forward, accumulating=lambda last: nullcontext(),

@@ -85,7 +85,8 @@ class Trainee:
         self.variant, self.device = variant, device
         torch.manual_seed(0)
         case = variant.case
-        self.method = IJEPA(case.model, case.predictor, LossConfig()).to(device).train()
+        self.method = IJEPA(case.model, case.predictor, LossConfig()).to(device)
+        self.method.train()
         if variant.compiled:
             self.method.compile_blocks()
         self.method.recompute_blocks(case.recompute)
@@ -106,8 +107,7 @@ class Trainee:
         times = [now(device)]
         with without(plain):
             with self.autocast():
-                features = method.target_encoder_features(images)
-                targets = method.targets(features, masks)
+                targets = method.targets(images, masks)
                 times.append(now(device))
                 context, visible, ragged = method.encode_context(images, masks, 0)
                 times.append(now(device))
@@ -115,7 +115,7 @@ class Trainee:
                 times.append(now(device))
             loss.backward()
             times.append(now(device))
-            gradient_norm([p for group in self.optimizer.param_groups for p in group["params"]], None)
+            gradient_norm([p for group in self.optimizer.param_groups for p in group["params"]], OptimConfig())
             self.optimizer.step()
             self.optimizer.zero_grad()
             times.append(now(device))

@@ -1,9 +1,12 @@
-"""What happens to an image on its way in: I-JEPA's is a random resized crop, and nothing else by default."""
+"""What happens to an image on its way in: I-JEPA's is a random resized crop, and nothing else by default.
+
+MAE flips; iBOT looks at several crops of an image, each distorted in its own way.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,13 +19,20 @@ TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random resized crop (scale 0.3 to 1, bilinear, as released); flip, jitter and blur are off in I-JEPA."""
+    """Random resized crop (scale 0.3 to 1, bilinear, as released); the rest is off in I-JEPA. In the order of the values."""
 
     crop_scale: tuple[float, float] = (0.3, 1.0)  # share of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.0  # probability
-    jitter: float = 0.0  # strength s: brightness, contrast, saturation 0.8 s, hue 0.2 s, with probability 0.8
+    jitter: tuple[float, float, float, float] = (
+        0,
+        0,
+        0,
+        0,
+    )  # most of brightness, contrast, saturation, hue; probability 0.8
+    grey: float = 0.0  # probability
     blur: float = 0.0  # probability of a Gaussian of sigma 0.1 to 2 pixels
+    solarise: float = 0.0  # probability that values of 128 and more are turned round
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -31,11 +41,13 @@ class AugmentConfig:
         low, high = self.crop_aspect
         if not 0 < low <= high:
             raise UserError(f"augment.crop_aspect is ({low}, {high}): give a positive range, the smaller first")
-        for name in ("flip", "blur"):
+        for name in ("flip", "grey", "blur", "solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: a probability is between 0 and 1")
-        if not 0 <= self.jitter <= 2:
-            raise UserError(f"augment.jitter is {self.jitter}: a strength is between 0 and 2")
+        if min(self.jitter) < 0 or max(self.jitter) > 2 or self.jitter[3] > 0.5:
+            raise UserError(
+                f"augment.jitter is {self.jitter}: brightness, contrast, saturation up to 2 each, hue up to 0.5"
+            )
 
 
 def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: int, numbers: np.ndarray) -> np.ndarray:
@@ -47,22 +59,55 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
     u = numbers[2 * TRIES + 2 :]
     if u[0] < config.flip:
         pixels = pixels[:, ::-1]
-    if (config.jitter and u[1] < 0.8) or u[2] < config.blur:
+    jitter, grey = any(config.jitter) and u[1] < 0.8, channels == 3 and u[8] < config.grey
+    if jitter or grey or u[2] < config.blur:
         import torch  # seconds of import that I-JEPA itself never needs
         from torchvision.transforms.v2 import functional as T
 
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        if config.jitter and u[1] < 0.8:
-            factors = 1 + config.jitter * 0.8 * (2 * u[3:6] - 1)
+        if jitter:
+            factors = 1 + np.array(config.jitter[:3]) * (2 * u[3:6] - 1)
             image = T.adjust_brightness(image, max(0.0, factors[0]))
             image = T.adjust_contrast(image, max(0.0, factors[1]))
             if channels == 3:
                 image = T.adjust_saturation(image, max(0.0, factors[2]))
-                image = T.adjust_hue(image, float(np.clip(config.jitter * 0.2 * (2 * u[6] - 1), -0.5, 0.5)))
+                image = T.adjust_hue(image, config.jitter[3] * (2 * u[6] - 1))
+        if grey:
+            image = T.rgb_to_grayscale(image, 3)
         if u[2] < config.blur:
             image = T.gaussian_blur(image, [2 * (min(size) // 20) + 1] * 2, [0.1 + 1.9 * u[7]])
         pixels = image.permute(1, 2, 0).numpy()
-    return pixels
+    return np.where(pixels < 128, pixels, 255 - pixels) if u[9] < config.solarise else pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropsConfig:
+    """Several crops of every image (DINO, iBOT): two large ones, of which `augment` is the first, and small ones."""
+
+    second_blur: float = 0.1  # of the second large crop, as augment.blur is of the first
+    second_solarise: float = 0.2
+    small: int = 10  # crops an image
+    small_size: tuple[int, int] = (96, 96)  # height, width in pixels
+    small_scale: tuple[float, float] = (0.05, 0.25)  # share of the image's area
+    small_blur: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.small <= 64:
+            raise UserError(f"crops.small is {self.small}: give 0 to 64 small crops an image")
+        if min(self.small_size) < 1:
+            raise UserError(f"crops.small_size is {self.small_size}: both sides must be at least 1")
+        for name in ("second_blur", "second_solarise", "small_blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"crops.{name} is {getattr(self, name)}: a probability is between 0 and 1")
+        low, high = self.small_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"crops.small_scale is ({low}, {high}): give a range within 0 to 1, the smaller first")
+
+    def large(self, first: AugmentConfig) -> tuple[AugmentConfig, AugmentConfig]:
+        return first, replace(first, blur=self.second_blur, solarise=self.second_solarise)
+
+    def little(self, first: AugmentConfig) -> AugmentConfig:
+        return replace(first, crop_scale=self.small_scale, blur=self.small_blur, solarise=0.0)
 
 
 def random_resized_crop(width: int, height: int, config: AugmentConfig, u: np.ndarray) -> Box:

@@ -24,7 +24,7 @@ from openjepa.data.decode import BadImage, Raw
 from openjepa.data.order import Feistel, epoch_order
 from openjepa.data.sources import Source
 from openjepa.errors import UserError, first_line
-from openjepa.masking import Grid, MaskingConfig, Masks, sample
+from openjepa.masking import Masks, TokenMasks
 from openjepa.rng import Draws
 
 BAD_IN_A_ROW = 100
@@ -67,25 +67,67 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Views:
+    """What is made of every image: a view or several of full size, masks for them, and perhaps small ones.
+
+    masks: from (seed, step, slots of the whole step, those that are made here) to the masks of the latter.
+    """
+
+    large: tuple[AugmentConfig, ...]
+    size: tuple[int, int]  # height, width in pixels
+    channels: int
+    masks: Callable[[int, int, np.ndarray, np.ndarray], Masks | TokenMasks]
+    small: AugmentConfig | None = None
+    smalls: int = 0  # how many
+    small_size: tuple[int, int] = (1, 1)
+
+    def kinds(self) -> list[tuple[AugmentConfig, tuple[int, int]]]:
+        """How each is made, and its size."""
+        small = [(self.small, self.small_size)] * self.smalls if self.small else []
+        return [(large, self.size) for large in self.large] + small
+
+    def numbers(self, seed: int, slots: np.ndarray) -> np.ndarray:
+        """What the views of every slot are drawn from: [B, views, NUMBERS]."""
+        names = ("augment", *(f"augment {i}" for i in range(1, len(self.large) + self.smalls)))
+        return np.stack([Draws(seed, name, slots).uniform(NUMBERS) for name in names], 1)
+
+    def make(self, raw: Raw, numbers: np.ndarray) -> list[np.ndarray]:
+        """Every view of one image, uint8 [H, W, channels]. Raises BadImage."""
+        kinds = zip(self.kinds(), numbers, strict=True)
+        return [augment(raw, config, size, self.channels, u) for (config, size), u in kinds]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """images: uint8 [B, channels, H, W]; masks: theirs; indices: of the images, [B]; bad: what was replaced on the way."""
+    """images: uint8 [B, channels, H, W], or [B, G, channels, H, W] where there are several views; small: [B, L, channels, h, w].
+
+    masks: of the images; indices: of the images, [B]; bad: what was replaced on the way.
+    """
 
     images: Tensor
-    masks: Masks
+    masks: Masks | TokenMasks
     indices: np.ndarray
     bad: list[Bad] = field(default_factory=list)
+    small: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device, True))
+        return self._map(lambda t: t.to(device, non_blocking=True), self.masks.to(device, True))
 
     def pin_memory(self) -> Batch:
-        return replace(self, images=self.images.pin_memory(), masks=self.masks.pin_memory())
+        return self._map(Tensor.pin_memory, self.masks.pin_memory())
 
     def parts(self, count: int) -> list[Batch]:
         """Equal parts, for gradient accumulation (on the host)."""
         size = len(self.images) // count
-        cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
-        return [Batch(self.images[cut], self.masks.rows(cut), self.indices[cut]) for cut in cuts]
+        return [self.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
+
+    def rows(self, cut: slice) -> Batch:
+        """Some of the images (on the host)."""
+        return replace(self._map(lambda t: t[cut], self.masks.rows(cut)), indices=self.indices[cut], bad=[])
+
+    def _map(self, change: Callable[[Tensor], Tensor], masks: Masks | TokenMasks) -> Batch:
+        small = None if self.small is None else change(self.small)
+        return replace(self, images=change(self.images), small=small, masks=masks)
 
 
 class Steps(Dataset[Batch | UserError]):
@@ -95,17 +137,12 @@ class Steps(Dataset[Batch | UserError]):
         self,
         source: Source,
         data: DataConfig,
-        augment: AugmentConfig,
-        masking: MaskingConfig,
-        image_size: tuple[int, int],
-        grid: Grid,
-        channels: int,
+        views: Views,
         seed: int,
         share: np.ndarray | None = None,
     ) -> None:
         """share: which slots of a step are made here, [B]; all unless told."""
-        self.source, self.data, self.augment, self.masking = source, data, augment, masking
-        self.image_size, self.grid, self.channels, self.seed = image_size, grid, channels, seed
+        self.source, self.data, self.views, self.seed = source, data, views, seed
         self.per_epoch = steps_per_epoch(len(source), data.batch_size)
         self.share = np.arange(data.batch_size) if share is None else share
         self._epoch, self._order = 0, epoch_order(seed, "order", 0, len(source))
@@ -126,8 +163,8 @@ class Steps(Dataset[Batch | UserError]):
         epoch, position = divmod(step, self.per_epoch)
         order = self.order(epoch)
         slots = step * self.data.batch_size + np.arange(self.data.batch_size)
-        masks = sample(self.masking, self.grid, self.seed, step, slots).rows(self.share)
-        numbers = Draws(self.seed, "augment", slots[self.share]).uniform(NUMBERS)
+        masks = self.views.masks(self.seed, step, slots, self.share)
+        numbers = self.views.numbers(self.seed, slots[self.share])
         places = position * self.data.batch_size + self.share
         bad: list[Bad] = []
         indices = order[places]
@@ -135,12 +172,15 @@ class Steps(Dataset[Batch | UserError]):
             self.image(order, int(places[i]), int(indices[i]), read, numbers[i], bad)
             for i, read in enumerate(self.source.reads(indices))
         ]
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in made])).permute(0, 3, 1, 2).contiguous()
-        return Batch(images, masks, np.array([index for _, index in made]), bad)
+        large = len(self.views.large)
+        images = stacked([views[:large] for views, _ in made])
+        small = stacked([views[large:] for views, _ in made]) if self.views.smalls else None
+        indices = np.array([index for _, index in made])
+        return Batch(images[:, 0] if large == 1 else images, masks, indices, bad, small)
 
     def image(self, order: np.ndarray | Feistel, place: int, index: int, read: Callable[[], Raw], numbers: np.ndarray,
-              bad: list[Bad]) -> tuple[np.ndarray, int]:  # fmt: skip
-        """The image at a place of the order, or the next good one after it: uint8 [H, W, channels], and its index.
+              bad: list[Bad]) -> tuple[list[np.ndarray], int]:  # fmt: skip
+        """The views of the image at a place of the order, or of the next good one after it, and its index.
 
         index, read: of the image at the place.
         """
@@ -148,13 +188,18 @@ class Steps(Dataset[Batch | UserError]):
         for k in range(1, tries + 1):
             try:
                 raw = read() if k == 1 else self.source.read(index)
-                return augment(raw, self.augment, self.image_size, self.channels, numbers), index
+                return self.views.make(raw, numbers), index
             except (BadImage, FileNotFoundError, PermissionError) as error:
                 bad.append(Bad(index, self.source.name(index), first_line(error)))
             except OSError as error:  # the disk or the network, not the image
                 raise UserError(f"cannot read {self.source.name(index)}: {first_line(error)}") from error
             index = int(order[(place + k) % len(order)])
         raise UserError(f"{tries} images in a row cannot be read, the last {bad[-1].name}: {bad[-1].reason}")
+
+
+def stacked(views: list[list[np.ndarray]]) -> Tensor:
+    """Every image's views, [H, W, channels] each, as one tensor [B, views, channels, H, W]."""
+    return torch.from_numpy(np.stack([np.stack(each) for each in views])).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -183,6 +183,8 @@ class Saver:
         if parallel.world_size() > 1:
             self._group = self._group or parallel.side_group()
         everything = {**weights(method), **optimizer_state(method, optimizer)}
+        if anew := [name for name, parameter in learning(method) if not optimizer.state[parameter]]:
+            state = {"anew": anew, **state}  # no step was taken on them yet
         kinds = {name: 2 if is_optimizer(name) else 1 for name in everything}
         try:
             if parallel.rank() == 0:
@@ -303,7 +305,7 @@ def restore(checkpoint: Checkpoint, method: nn.Module, optimizer: Optimizer) -> 
     """Load weights and optimiser state, strictly, on all ranks together. Raises UserError naming what does not fit."""
     ours = weights(method) | zero_optimizer_state(method, optimizer)
     theirs = checkpoint.shapes()
-    anew = checkpoint.state().get("anew", [])  # what an imported checkpoint did not hold
+    anew = checkpoint.state().get("anew", [])  # had no state: an imported checkpoint did not hold it, or it was frozen
     for name, parameter in learning(method):
         if not any(k.startswith(f"{name}/") for k in theirs) and (checkpoint.step == 0 or name in anew):
             for key in optimizer.state.pop(parameter):  # no step was taken on it yet

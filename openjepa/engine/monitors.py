@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from openjepa.engine.launch import Roll
 from openjepa.engine.optim import Schedule
 from openjepa.engine.run import Run, memory_gib
 from openjepa.errors import UserError
-from openjepa.masking import Masks
+from openjepa.methods.method import Method
 
 TOKENS = 2048  # patch features that the rank is estimated from
 
@@ -42,7 +41,7 @@ class MonitorsConfig:
 
 @torch.no_grad()
 def feature_statistics(features: Tensor) -> dict[str, float]:
-    """How alive the target features are. features: [B, N, D], before layer norm.
+    """How alive features are. features: [B, N, D], before layer norm.
 
     feature_std: standard deviation over the images, at the same patch and dimension, of layer-normed features: 0 when
         all images look the same.
@@ -77,13 +76,6 @@ def weight_distance(fast: nn.Module, slow: nn.Module) -> float:
     b: list[Tensor] = [*slow.parameters()]
     difference, size = (nn.utils.get_total_norm(x, foreach=True) for x in (torch._foreach_sub(a, b), b))
     return float(parallel.whole(difference) / parallel.whole(size))
-
-
-def token_counts(masks: Masks) -> dict[str, float]:
-    """Mean context tokens of an image, and target tokens over its blocks."""
-    b, c, k = masks.context.shape
-    context = k if masks.lengths is None else masks.total / (b * c)
-    return {"context_tokens": float(context), "target_tokens": float(masks.targets.shape[1] * masks.targets.shape[2])}
 
 
 def collapse_warning(statistics: dict[str, float], images: int, width: int) -> str | None:
@@ -124,18 +116,21 @@ class Watch:
         run: Run,
         config: MonitorsConfig,
         schedule: Schedule,
-        method: nn.Module,
+        method: Method,
         data: DataConfig,
         images: int,
         device: torch.device,
+        features: Callable[[Batch], Tensor],
         knn: Callable[[], dict[str, float]] | None,
         name: Callable[[int], str] = str,
         dump: Callable[[int, Batch], str] | None = None,
         roll: Roll | None = None,
     ) -> None:
-        """name: of the image with an index. dump: keeps a step (how many were done before it, its batch), and says where."""
+        """features: of a batch on the device, the product's, [B, N, D]. name: of the image with an index. dump: keeps a step
+        (how many were done before it, its batch), and says where.
+        """
         self.run, self.config, self.schedule, self.method = run, config, schedule, method
-        self.data, self.images, self.device, self.knn = data, images, device, knn
+        self.data, self.images, self.device, self.features, self.knn = data, images, device, features, knn
         self.name, self.dump, self.roll = name, dump, roll
         self.knn_every = max(1, round(config.knn_every * schedule.steps_per_epoch)) if config.knn_every else 0
         self._began = self._since = time.perf_counter()
@@ -153,8 +148,8 @@ class Watch:
             self.roll.begin(step)
         return batch
 
-    def after_step(self, outcome: Outcome, features: Tensor) -> None:
-        """outcome.step: how many are done; features: the target encoder's [B, N, D]."""
+    def after_step(self, outcome: Outcome) -> None:
+        """outcome.step: how many are done."""
         step = outcome.step
         self._steps += 1
         self._bad_images += outcome.batch.bad
@@ -163,7 +158,7 @@ class Watch:
         if step % self.config.log_every == 0 or last:
             self.settle()
             self.note_bad_images()
-            self.write(step, outcome.batch, outcome.vitals, features)
+            self.write(step, outcome.batch, outcome.vitals)
         self.settle(but=int(self.device.type == "cuda"))
         if self.knn and self.knn_every and (step % self.knn_every == 0 or last):
             start = time.perf_counter()
@@ -209,21 +204,24 @@ class Watch:
         mine, self._bad_images = self._bad_images, []
         self.run.note_bad([b for bad in parallel.gather(mine) for b in bad], self.data.max_bad, self.images)
 
-    def write(self, step: int, batch: Batch, vitals: Later, features: Tensor) -> None:
+    def write(self, step: int, batch: Batch, vitals: Later) -> None:
         """Loss and norm are of all ranks; what is said of features, of this one's images. Nothing of a step that was skipped."""
         now = time.perf_counter()
         loss, norm, *_ = vitals.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return
         seconds = max(1e-9, now - self._since)
+        features = self.features(batch.to(self.device))
         statistics = feature_statistics(features)
         values = {
             "loss": loss,
             **statistics,
-            "encoder_distance": weight_distance(
-                cast(nn.Module, self.method.encoder), cast(nn.Module, self.method.target_encoder)
+            **(
+                {"encoder_distance": weight_distance(self.method.encoder, self.method.product)}
+                if self.method.follows
+                else {}
             ),
-            **token_counts(batch.masks),
+            **batch.masks.counts(),
             "lr": self.schedule.lr(step - 1),
             "weight_decay": self.schedule.weight_decay(step - 1),
             "ema_momentum": self.schedule.momentum(step - 1),
@@ -242,7 +240,8 @@ class Watch:
             f"{values['images_per_s']:.0f} images/s  {clock(left)} left"
         )
         self.run.log(step, values, line)
-        warning = collapse_warning(statistics, len(features), features.shape[-1])
+        follows = bool(self.method.follows)  # nothing else can collapse
+        warning = collapse_warning(statistics, len(features), features.shape[-1]) if follows else None
         if warning and not self._warned and step > self.schedule.warmup:
             self.run.warn(warning)
         self._warned = self._warned or bool(warning and step > self.schedule.warmup)

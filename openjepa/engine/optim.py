@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW
@@ -26,7 +26,8 @@ class OptimConfig:
     final_weight_decay: float = 0.4  # at the last step
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip_norm: float | None = None  # largest gradient norm, or no clipping
+    clip_norm: float | None = None  # largest norm of all gradients together, or no clipping
+    clip_each: float | None = None  # largest norm of each parameter's gradient (DINO, iBOT), or no clipping
     accumulate: int = 1  # parts that a rank's batch is computed in
 
     def __post_init__(self) -> None:
@@ -42,8 +43,9 @@ class OptimConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0:
             raise UserError("optim.betas must be in [0, 1) and optim.eps above 0")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise UserError(f"optim.clip_norm is {self.clip_norm}: it must be above 0, or null for no clipping")
+        for name in ("clip_norm", "clip_each"):
+            if (limit := getattr(self, name)) is not None and limit <= 0:
+                raise UserError(f"optim.{name} is {limit}: it must be above 0, or null for no clipping")
         if self.accumulate < 1:
             raise UserError(f"optim.accumulate is {self.accumulate}: it must be at least 1")
 
@@ -54,7 +56,8 @@ class ScheduleConfig:
 
     epochs: float = 300
     warmup_epochs: float = 40  # of linear rise
-    ema: tuple[float, float] = (0.996, 1.0)  # target encoder's momentum at the first and last step, linear between
+    ema: tuple[float, float] = (0.996, 1.0)  # target encoder's momentum at the first and last step
+    ema_shape: Literal["linear", "cosine"] = "linear"  # between them: I-JEPA's, or iBOT's
     horizon: float = 1.0  # stretches lr, weight decay and EMA beyond the run's end (`ipe_scale` of the release)
 
     def __post_init__(self) -> None:
@@ -106,9 +109,10 @@ class Schedule:
         return o.final_weight_decay + (o.weight_decay - o.final_weight_decay) * half_cosine((step + 1) / self.span)
 
     def momentum(self, step: int) -> float:
-        """Linear."""
+        """Linear, or a half cosine."""
         first, last = self.config.ema
-        return first + (last - first) * step / self.span
+        progress = step / self.span
+        return first + (last - first) * (progress if self.config.ema_shape == "linear" else 1 - half_cosine(progress))
 
 
 def half_cosine(progress: float) -> float:

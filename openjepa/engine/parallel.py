@@ -106,8 +106,9 @@ def spread(method: nn.Module, strategy: Strategy, device: torch.device, half: bo
         for block in getattr(network, "blocks", []):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(network, mesh=mesh, mp_policy=policy)
-        if hasattr(network, "intermediate"):  # how monitors ask an encoder
-            register_fsdp_forward_method(network, "intermediate")
+        for way in ("intermediate", "tokens"):  # how monitors and methods ask an encoder
+            if hasattr(network, way):
+                register_fsdp_forward_method(network, way)
     fully_shard(method, mesh=mesh, mp_policy=policy)
     return method
 

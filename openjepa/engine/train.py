@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +14,13 @@ from openjepa.data.stream import Batch
 from openjepa.engine import parallel
 from openjepa.engine.device import Later
 from openjepa.engine.monitors import Outcome, Watch
-from openjepa.engine.optim import Schedule, set_rates
+from openjepa.engine.optim import OptimConfig, Schedule, set_rates
 from openjepa.engine.run import Interrupted, Run
-from openjepa.masking import Masks
-from openjepa.models.vit import ViT
-
-
-class Method(Protocol):
-    """What the loop asks of a method; methods/ijepa.py is one."""
-
-    encoder: ViT
-    target_encoder: ViT
-
-    def __call__(self, images: Tensor, masks: Masks) -> dict[str, Tensor]: ...
-    def after_step(self, momentum: float, learned: float | Tensor = 1.0) -> None: ...
+from openjepa.methods.method import Method
 
 
 def train(
-    method: nn.Module,
+    method: Method,
     batches: Iterator[Batch],
     optimizer: AdamW,
     schedule: Schedule,
@@ -47,7 +35,7 @@ def train(
 ) -> None:
     """From the run's step to the schedule's end: a function of its arguments, wherever it started.
 
-    forward: from a batch on the device to `loss`, `losses` and `features`. accumulating: around each part of a batch; says
+    forward: from a batch on the device to `loss`, `losses` and perhaps `means`. accumulating: around each part of a batch; says
     whether it is the last. save_every: steps between checkpoints. A step that is not finite on any rank changes nothing.
     Raises Interrupted, after the checkpoint, when the run was asked to stop; UserError when too many steps are not finite.
     """
@@ -57,26 +45,32 @@ def train(
     method.train()
     for step in range(run.step, schedule.steps):
         batch = watch.next(step, batches)
+        epoch = step / schedule.steps_per_epoch
+        method.begin_step(epoch)
         torch.manual_seed((rng.key(seed, "step") + step + parallel.rank()) % 2**63)  # drop path, if any
         set_rates(optimizer, schedule.lr(step), schedule.weight_decay(step))
-        losses = []
+        losses, means = [], []
         for i, part in enumerate(batch.parts(parts)):
             with accumulating(i == parts - 1):
                 with autocast():
                     out = forward(part.to(device))
                 (out["loss"] / parts).backward()
             losses.append((out["loss"].detach(), out["losses"]))
+            means += [out["means"]] if "means" in out else []
         loss = torch.stack([loss for loss, _ in losses]).mean()
         vitals = parallel.mean(torch.stack([loss, *loss.new_tensor(run.wishes())]))
-        norm = gradient_norm(parameters, schedule.optim.clip_norm)
+        norm = gradient_norm(parameters, schedule.optim)
         learned = (vitals[0].isfinite() & norm.isfinite()).float()  # stays on the device; the same on every rank
+        method.before_update(epoch)
         optimizer.found_inf = 1 - learned  # type: ignore[attr-defined]  # where torch's fused kernels look whether to step
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step(schedule.momentum(step), learned)  # type: ignore[operator]
+        method.after_step(
+            schedule.momentum(step), learned, parallel.mean(torch.stack(means).mean(0)) if means else None
+        )
         done = step + 1
         told = Later(torch.stack([vitals[0], norm, *vitals[1:]]))
-        watch.after_step(Outcome(done, batch, told, torch.cat([each for _, each in losses])), out["features"])
+        watch.after_step(Outcome(done, batch, told, torch.cat([each for _, each in losses])))
         if run.stopping or done % save_every == 0 or done == schedule.steps:
             watch.settle()
             run.save(done, method, optimizer)
@@ -85,10 +79,13 @@ def train(
             raise Interrupted(f"checkpoint of step {done} written to {run.path}", run.stopping)
 
 
-def gradient_norm(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of all gradients, clipped to `limit` when there is one. Stays on the device."""
+def gradient_norm(parameters: list[nn.Parameter], limits: OptimConfig) -> Tensor:
+    """The norm of all gradients, which are then clipped as the limits say. Stays on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = parallel.whole(nn.utils.get_total_norm(gradients, foreach=True))
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    if limits.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limits.clip_norm, norm, foreach=True)
+    if limits.clip_each is not None:
+        for gradient in gradients:
+            gradient.mul_((limits.clip_each / (parallel.whole(gradient.norm()) + 1e-6)).clamp(max=1.0))
     return norm

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from openjepa.errors import UserError
 from openjepa.masking import Masks
-from openjepa.models.layers import Ragged, Recompute, compile_blocks, follow, recompute_blocks, take
+from openjepa.methods.method import Method
+from openjepa.models.layers import Ragged, normalised_patches, take
 from openjepa.models.predictor import Predictor, PredictorConfig
 from openjepa.models.vit import ViT, ViTConfig
 
@@ -26,6 +27,10 @@ class LossConfig:
     """How far a prediction is from its target."""
 
     kind: Literal["released", "l2"] = "released"  # smooth-L1 on layer-normed targets, or the paper's formula
+    target: Literal["encoder", "pixels"] = (
+        "encoder"  # what is predicted: the target encoder's features, or pixels (table 7)
+    )
+    target_mask: Literal["output", "input"] = "output"  # of the target encoder, that targets are cut from (table 11)
     variance: float = 0.0  # weight of VICReg's variance term on the pooled context, as in C-JEPA; not in the paper
     covariance: float = 0.0  # weight of its covariance term
     projection: int = 512  # width that the pooled context is projected to for these two
@@ -33,6 +38,15 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.variance < 0 or self.covariance < 0 or self.projection < 1:
             raise UserError("loss.variance and loss.covariance must not be negative, loss.projection at least 1")
+        if self.target == "pixels" and self.target_mask == "input":
+            raise UserError(
+                "loss.target_mask 'input' masks the target encoder, and loss.target 'pixels' has none: leave one out"
+            )
+
+    def levelled(self, features: Tensor) -> Tensor:
+        """Target features [..., D] in float32, layer-normed where the released loss wants it."""
+        features = features.float()
+        return F.layer_norm(features, features.shape[-1:]) if self.kind == "released" else features
 
     @property
     def regularised(self) -> bool:
@@ -64,51 +78,43 @@ def projector(width: int, projection: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, projection), nn.GELU(), nn.Linear(projection, projection))
 
 
-class IJEPA(nn.Module):
+class IJEPA(Method):
     """The context encoder, the predictor, and the target encoder that follows the context encoder."""
+
+    follows = {"target_encoder": "encoder"}  # noqa: RUF012
 
     def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
         super().__init__()
         self.loss = loss
         self.encoder = ViT(model)
-        self.predictor = Predictor(predictor, model)
+        out = model.channels * model.patch_size**2 if loss.target == "pixels" else model.dim
+        self.predictor = Predictor(predictor, model, out)
         self.projector = projector(model.dim, loss.projection) if loss.regularised else None
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> IJEPA:
-        super().train(mode)
-        self.target_encoder.eval()
-        return self
-
-    def compile_blocks(self) -> None:
-        """Compile what repeats; the predictor's final block is of a kind of its own and not worth the wait."""
-        compile_blocks(self.encoder.blocks, self.target_encoder.blocks, list(self.predictor.blocks)[:-1])
-
-    def recompute_blocks(self, how: Recompute) -> None:
-        """Trade time for memory in what has a backward pass."""
-        recompute_blocks(how, self.encoder.blocks, self.predictor.blocks)
-
-    def forward(self, images: Tensor, masks: Masks) -> dict[str, Tensor]:
-        """images: [B, channels, H, W], normalised. Returns `loss` (scalar), `losses` [B] and `features` [B, N, D].
-
-        For the monitors, without gradient: `losses`, each image's own, and `features`, the target encoder's of every patch.
-        """
-        features = self.target_encoder_features(images)  # B N D
-        targets = self.targets(features, masks)  # B M T D
+    def forward(self, images: Tensor, masks: Masks, small: Tensor | None = None) -> dict[str, Tensor]:
+        """images: [B, channels, H, W], normalised. Returns `loss` (scalar) and `losses` [B], each image's own, without gradient."""
+        targets = self.targets(images, masks)  # B M T D
         losses = torch.stack([self.context_loss(images, masks, c, targets) for c in range(masks.context.shape[1])])
-        return {"loss": losses.mean(), "losses": losses.detach().mean(0), "features": features}
+        return {"loss": losses.mean(), "losses": losses.detach().mean(0)}
 
     @torch.no_grad()
-    def target_encoder_features(self, images: Tensor) -> Tensor:
-        """Targets: the target encoder sees the whole image. Returns [B, N, D]."""
-        return self.target_encoder(images)
+    def targets(self, images: Tensor, masks: Masks) -> Tensor:
+        """What is to be predicted of every block, [B, M, T, D].
 
-    @torch.no_grad()
-    def targets(self, features: Tensor, masks: Masks) -> Tensor:
-        """Only its output is masked (table 11). Returns [B, M, T, D]."""
-        if self.loss.kind == "released":
-            features = F.layer_norm(features.float(), features.shape[-1:])
-        return take(features.float(), masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])
+        The target encoder sees the whole image and its output is masked; or its input, so that it sees one block at a time
+        (table 11). Or the block's own pixels, each patch normalised (table 7).
+        """
+        blocks = masks.targets.shape[1:]
+        if self.loss.target == "pixels":
+            return take(normalised_patches(images, self.encoder.config.patch_size), masks.targets.flatten(1)).unflatten(
+                1, blocks
+            )
+        if self.loss.target_mask == "input":
+            each = [self.target_encoder(images, block) for block in masks.targets.unbind(1)]
+            return self.loss.levelled(torch.stack(each, 1))
+        features = self.loss.levelled(self.target_encoder(images))  # B N D
+        return take(features, masks.targets.flatten(1)).unflatten(1, blocks)
 
     def context_loss(self, images: Tensor, masks: Masks, c: int, targets: Tensor) -> Tensor:
         """One context's prediction errors, [B], and the regulariser of the batch on each if there is one."""
@@ -131,7 +137,3 @@ class IJEPA(nn.Module):
                 raise UserError("masking.context 'packed' takes one context block: use 'even' with several")
             ragged = Ragged(torch.arange(visible.shape[1], device=visible.device) < masks.lengths, masks.total)
         return self.encoder(images, visible, ragged), visible, ragged
-
-    def after_step(self, momentum: float, learned: float | Tensor = 1.0) -> None:
-        """The target encoder follows by exponential moving average. learned: 0 after a step that changed nothing."""
-        follow(self.target_encoder, self.encoder, (1.0 - momentum) * learned)

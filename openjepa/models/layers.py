@@ -292,6 +292,12 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.reshape(b, (h // p) * (w // p), c * p * p)
 
 
+def normalised_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Every patch less its mean, over its deviation (MAE, section 3). Returns float32 [B, N, C * P * P]."""
+    patches = patchify(images, patch_size).float()
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens [B, N, D], index int64 [B, K]: the indexed tokens of each sequence, [B, K, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openjepa.errors import UserError
@@ -40,7 +41,8 @@ class Predictor(nn.Module):
     `shared` context tokens see no mask tokens, so that one pass serves all blocks: K + M*T tokens instead of M*(K + T).
     """
 
-    def __init__(self, config: PredictorConfig, encoder: ViTConfig) -> None:
+    def __init__(self, config: PredictorConfig, encoder: ViTConfig, out: int | None = None) -> None:
+        """out: the width of what is predicted, the encoder's own unless told."""
         super().__init__()
         self.shared = config.context == "shared"
         heads = config.heads or encoder.n_heads
@@ -53,22 +55,25 @@ class Predictor(nn.Module):
         self.register_buffer("positions", sincos_positions(encoder.grid, config.width), persistent=False)
         self.blocks = nn.ModuleList(Block(config.width, heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.proj = nn.Linear(config.width, encoder.dim)
+        self.proj = nn.Linear(config.width, out or encoder.dim)
         initialise(self, self.blocks, encoder.depth_scaled_init)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, visible: Tensor, targets: Tensor, ragged: Ragged | None = None) -> Tensor:
         """Predict the features of every block from one context.
 
-        context: [B, K, D], or [total, D] with `ragged`; visible: int64 [B, K]; targets: int64 [B, M, T].
-        Returns [B, M, T, D].
+        context: [B, K, D], or [total, D] with `ragged`; visible: int64 [B, K]; targets: int64 [B, M, T]. More context tokens
+        than are visible begin with some that have no place, such as a class token. Returns [B, M, T, out].
         """
         b, m, t = targets.shape
-        k = visible.shape[1]
+        k = visible.shape[1] if ragged is not None else context.shape[1]
         positions = self.get_buffer("positions")
         seen = self.embed(context)  # projected once, then shared by the M passes
         seen = ragged.pad(seen) if ragged is not None else seen
-        seen = seen + positions[visible]  # [B, K, P]
+        places = positions[visible]
+        if k > visible.shape[1]:
+            places = F.pad(places, (0, 0, k - visible.shape[1], 0))
+        seen = seen + places  # [B, K, P]
         asked = (self.mask_token + positions[targets]).to(seen.dtype)  # [B, M, T, P]
         layout: Layout = None
         if self.shared:
@@ -84,6 +89,10 @@ class Predictor(nn.Module):
         x = final(x, layout, last) if ragged is None else ragged.pad(final(x, ragged))[:, k:]  # the context has served
         predicted: Tensor = self.proj(self.norm(x))
         return predicted.reshape(b, m, t, -1)
+
+    def repeated(self) -> list[nn.Module]:
+        """The blocks that are of one kind, for torch.compile: the final one is asked for targets alone."""
+        return list(self.blocks)[:-1]
 
 
 def with_targets(ragged: Ragged, m: int, t: int) -> Ragged:

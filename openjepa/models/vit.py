@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,15 +135,24 @@ class ViT(nn.Module):
         ragged: which of the [B, K] are real; tokens are then packed throughout.
         Returns [B, N or K, D] after the final norm (patches alone, no prefix tokens), or [total, D] if ragged.
         """
-        x = self.embed(images, visible)
+        x = self.tokens(images, visible, ragged)
+        return x if ragged is not None else x[:, self.prefix :]
+
+    def tokens(self, images: Tensor, visible: Tensor | None = None, ragged: Ragged | None = None,
+               hidden: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """As forward, with the prefix tokens first. hidden: which patches, bool [B, N], a vector [D] stands in for."""
+        x = self.embed(images, visible, hidden)
         if ragged is not None:
             if self.prefix:
                 raise UserError("masking.context 'packed' does not go with class tokens or registers: use 'even'")
             x = ragged.pack(x)
         for block in self.blocks:
             x = block(x, ragged)
-        x = self.norm(x)
-        return x if ragged is not None else x[:, self.prefix :]
+        return cast(Tensor, self.norm(x))
+
+    def repeated(self) -> list[nn.Module]:
+        """The blocks that are of one kind, for torch.compile."""
+        return list(self.blocks)
 
     def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """The outputs of some blocks, each after the final norm (appendix A, linear evaluation).
@@ -166,10 +176,16 @@ class ViT(nn.Module):
         """The numbers of the last blocks, of all where there are fewer."""
         return range(max(0, len(self.blocks) - layers), len(self.blocks))
 
-    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def embed(
+        self, images: Tensor, visible: Tensor | None = None, hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Patch embeddings with positions, prefix tokens first. Returns [B, prefix + (N or K), D]."""
         positions = self.positions_for(images.shape[-2:])  # [N, D]
-        x = self.patch_embed(images, visible) + (positions if visible is None else positions[visible])
+        x = self.patch_embed(images, visible)
+        if hidden is not None:
+            where, instead = hidden
+            x = torch.where(where.unsqueeze(-1), instead.to(x.dtype), x)
+        x = x + (positions if visible is None else positions[visible])
         if self.prefix_tokens is not None:
             x = torch.cat([self.prefix_tokens.expand(len(x), -1, -1), x], dim=1)
         return x

@@ -21,10 +21,11 @@ from openjepa.errors import UserError, nearest
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
+from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import build, saved_data, saved_recipe
 from openjepa.recipes.recipe import Recipe, differences, override, to_yaml
 
-NETWORKS = ("target_encoder", "encoder", "predictor")
+NETWORKS = ("target_encoder", "encoder", "predictor")  # of I-JEPA
 
 
 def load(
@@ -36,9 +37,9 @@ def load(
     """An encoder on the CPU, ready for inference.
 
     source: a run (its newest checkpoint), one of its checkpoint folders, an exported file or folder, a released
-    checkpoint, a Hugging Face or timm folder, or hf:NAME. network: target_encoder (the default, and what every
-    evaluation uses) or encoder (the context encoder). heads, image_size (height, width in pixels): of weights from
-    elsewhere whose shapes do not say it. Raises UserError.
+    checkpoint, a Hugging Face or timm folder, or hf:NAME. network: target_encoder (the default where there is one, and what
+    every evaluation uses) or encoder (what it follows; MAE has it alone). heads, image_size (height, width in pixels): of
+    weights from elsewhere whose shapes do not say it. Raises UserError.
     """
     if network not in (None, "target_encoder", "encoder"):
         raise UserError(f"network '{network}': one of target_encoder, encoder")
@@ -48,8 +49,10 @@ def load(
         if heads or image_size:
             raise UserError(f"{source} is a run and knows its heads and image size: leave them out")
         folder, found = checkpoint.locate(Path(source))
-        recipe, network = saved_recipe(folder), network or "target_encoder"
-        weights = network_weights(found, network)
+        recipe = saved_recipe(folder)
+        network = network or METHODS[recipe.method].kind.product_name()
+        if not (weights := network_weights(found, network)):
+            raise UserError(f"{source} is a run of {recipe.method}, which has no {network}: leave it out")
         return ready(ViT(recipe.model), weights, recipe.data.mean, recipe.data.std, network, str(found.path))
     imported = formats.read(str(source), Told(heads, image_size))
     network = network or ("target_encoder" if "target_encoder" in imported.weights else next(iter(imported.weights)))
@@ -188,10 +191,18 @@ def export(source: str, form: str, out: Path, network: str | None = None,
     return line.replace(str(folder), str(out))
 
 
+def of_ijepa(run: Path, what: str) -> Recipe:
+    """The recipe of a run. Raises UserError if it is of a method that has no such thing."""
+    recipe = saved_recipe(run)
+    if recipe.method != "ijepa":
+        raise UserError(f"{run} is a run of {recipe.method}: {what} is I-JEPA's")
+    return recipe
+
+
 def write_predictor(source: Path, file: Path) -> str:
     """The predictor has a format of its own nowhere; as plain tensors it can leave."""
     run, found = checkpoint.locate(source)
-    recipe = saved_recipe(run)
+    recipe = of_ijepa(run, "a predictor")
     about = {"predictor": asdict(recipe.predictor), "grid": recipe.model.grid, "encoder_width": recipe.model.dim}
     native.write_predictor(file, network_weights(found, "predictor"), about)
     return f"safetensors.torch.load_file({str(file)!r})"
@@ -200,7 +211,7 @@ def write_predictor(source: Path, file: Path) -> str:
 def write_released(source: Path, file: Path) -> str:
     """All three networks, optimiser and position of a run, as the published code saves them."""
     run, found = checkpoint.locate(source)
-    recipe = saved_recipe(run)
+    recipe = of_ijepa(run, "the released layout")
     if recipe.predictor.heads not in (None, recipe.model.n_heads):
         raise UserError("the released layout gives the predictor the encoder's heads, and predictor.heads differs")
     about: dict[str, Any] = {

@@ -29,9 +29,10 @@ from openjepa.engine.whole import make_folder, write_whole
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
-from openjepa.methods.ijepa import IJEPA
+from openjepa.methods.method import Method
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
+from openjepa.recipes.methods import METHODS, inputs
 from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
 from openjepa.recipes.replay import dump
 from openjepa.rng import key
@@ -39,7 +40,7 @@ from openjepa.rng import key
 BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm")  # what a start that was killed at once leaves
 
 
-def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> IJEPA:
+def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> Method:
     """Pretrain, or go on with what `out` holds; together with the processes that were launched beside this one.
 
     console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after a
@@ -49,7 +50,7 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
         return pretrain_together(recipe, data, Path(out), console or Console(), roll)
 
 
-def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, roll: Roll | None) -> IJEPA:
+def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, roll: Roll | None) -> Method:
     if parallel.rank() > 0:
         console = Console(quiet=True)
     if roll:
@@ -79,27 +80,23 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
         console.print(f"going on from step {run.step} of {schedule.steps} in {out}", highlight=False)
     if run.step >= schedule.steps:
         return method
-    steps = Steps(
-        source,
-        recipe.data,
-        recipe.augment,
-        recipe.masking,
-        recipe.model.image_size,
-        recipe.model.grid,
-        recipe.model.channels,
-        recipe.seed,
-        mine,
-    )
+    steps = Steps(source, recipe.data, METHODS[recipe.method].views(recipe), recipe.seed, mine)
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
 
     def forward(batch: Batch) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = model(normalise(batch.images), batch.masks)
+        out: dict[str, Tensor] = model(*inputs(batch, normalise))
         return out
+
+    @torch.no_grad()
+    def features(batch: Batch) -> Tensor:
+        images = batch.images if batch.images.ndim == 4 else batch.images[:, 0]
+        with autocast():
+            return method.product(normalise(images))
 
     with run:
         run.open_boards(recipe.machine.wandb)
-        knn = online_knn(source, recipe, method.target_encoder, normalise, autocast)
+        knn = online_knn(source, recipe, method.product, normalise, autocast)
         watch = Watch(
             run,
             recipe.monitors,
@@ -108,6 +105,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             recipe.data,
             len(source),
             device,
+            features,
             knn,
             name=source.name,
             dump=lambda done, batch: str(dump(out, recipe, done, batch, method, optimizer)),
@@ -139,11 +137,11 @@ def settled(recipe: Recipe, out: Path, device: torch.device) -> Recipe:
     return replace(recipe, precision=pick_precision(saved, device))
 
 
-def build(recipe: Recipe) -> IJEPA:
+def build(recipe: Recipe) -> Method:
     """The method with its initial weights, a function of the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(recipe.seed, "weights") % 2**63)
-        return IJEPA(recipe.model, recipe.predictor, recipe.loss)
+        return METHODS[recipe.method].build(recipe)
 
 
 def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
@@ -198,7 +196,7 @@ def saved_data(run: Path) -> dict[str, Any]:
 
 def random_encoder(recipe: Recipe) -> Encoder:
     """The control: the same network with the weights it started from."""
-    vit = build(recipe).target_encoder
+    vit = build(recipe).product
     return Encoder(vit.eval(), Normalise(recipe.data.mean, recipe.data.std), "random weights").eval()
 
 
@@ -217,7 +215,7 @@ def online_knn(
     ranks = parallel.world_size()
     mine = np.resize(chosen, -(-len(chosen) // ranks) * ranks)[parallel.rank() :: ranks]
     images = Images(source, mine, view, skip_bad=True)
-    extractor = EncoderFeatures(Encoder(encoder, normalise, "target_encoder").eval(), view, autocast, "", layers=1)
+    extractor = EncoderFeatures(Encoder(encoder, normalise, "online").eval(), view, autocast, "", layers=1)
 
     def knn() -> dict[str, float]:
         features = parallel.interleaved(extract(extractor, images)[:, -1])[: len(chosen)]

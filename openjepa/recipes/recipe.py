@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from openjepa import masking
-from openjepa.data.augment import AugmentConfig
+from openjepa.data.augment import AugmentConfig, CropsConfig
 from openjepa.data.decode import MODES
 from openjepa.data.stream import DataConfig
 from openjepa.engine.device import Precision
@@ -21,10 +20,13 @@ from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
 from openjepa.engine.run import MachineConfig
 from openjepa.errors import UserError, nearest
-from openjepa.masking import MaskingConfig
+from openjepa.masking import MaskingConfig, TokenMaskingConfig
+from openjepa.methods.ibot import IBOTConfig
 from openjepa.methods.ijepa import LossConfig
+from openjepa.methods.mae import MAEConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
+from openjepa.recipes.methods import METHODS, PARTS, starting
 
 T = TypeVar("T")
 
@@ -35,12 +37,17 @@ CHANGES_NO_RESULT = ("monitors", "machine")  # may differ when a run goes on
 class Recipe:
     """One part for each place that reads it."""
 
+    method: Literal["ijepa", "mae", "ibot"] = "ijepa"
     seed: int = 0
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
+    loss: LossConfig = field(default_factory=LossConfig)  # ijepa
+    masking: MaskingConfig = field(default_factory=MaskingConfig)  # ijepa and mae
+    mae: MAEConfig = field(default_factory=MAEConfig)
+    ibot: IBOTConfig = field(default_factory=IBOTConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)  # ibot
+    token_masking: TokenMaskingConfig = field(default_factory=TokenMaskingConfig)  # ibot
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -49,8 +56,6 @@ class Recipe:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        if self.loss.regularised and self.data.batch_size < 2 * self.optim.accumulate:
-            raise UserError("loss.variance and loss.covariance need parts of 2 images or more: lower optim.accumulate")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}: it must not be negative")
         if self.data.batch_size % self.optim.accumulate:
@@ -63,13 +68,11 @@ class Recipe:
             raise UserError(
                 f"data.mean has {len(self.data.mean)} numbers and model.channels is {self.model.channels}: give one a channel"
             )
-        if self.masking.context == "packed" and (self.model.class_token or self.model.registers):
-            raise UserError("masking.context 'packed' does not go with model.class_token or registers: use 'even'")
-        if self.masking.context == "packed" and self.masking.contexts > 1:
-            raise UserError("masking.context 'packed' takes one context block: set masking.contexts 1 or use 'even'")
-        if self.masking.context == "packed" and self.predictor.context == "shared":
-            raise UserError("masking.context 'packed' does not go with predictor.context 'shared': use 'even'")
-        masking.check(self.masking, self.model.grid)
+        METHODS[self.method].check(self)
+
+    def others(self) -> set[str]:
+        """The parts that belong to other methods."""
+        return PARTS - set(METHODS[self.method].parts)
 
 
 # ---------------------------------------------------------------- in and out
@@ -78,7 +81,8 @@ class Recipe:
 def to_dict(value: Any) -> Any:
     """Dataclasses to plain dictionaries and lists, as YAML has them."""
     if is_dataclass(value):
-        result = {f.name: to_dict(getattr(value, f.name)) for f in fields(value)}
+        others = value.others() if isinstance(value, Recipe) else ()
+        result = {f.name: to_dict(getattr(value, f.name)) for f in fields(value) if f.name not in others}
         if isinstance(value, ViTConfig):  # what the size implies is left to it, so that changing the size changes it
             result |= {name: None for name, implied in value.implied().items() if result[name] == implied}
         return result
@@ -96,6 +100,8 @@ def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None)
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path or 'the recipe'} is {values!r}: expected keys and values")
+    if kind is Recipe:
+        base = typing.cast(T, of_method(values, typing.cast("Recipe | None", base)))
     hints = typing.get_type_hints(kind)
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     result: dict[str, Any] = {}
@@ -113,6 +119,20 @@ def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None)
         if isinstance(base, ViTConfig) and "size" in values:  # a size brings its own width, depth, heads
             result |= {n: values.get(n) for n in ("width", "depth", "heads", "mlp_ratio")}
     return kind(**result)
+
+
+def of_method(values: Mapping[str, Any], base: Recipe | None) -> Recipe | None:
+    """What some values of a recipe are laid over: a recipe of the method that they name. Raises UserError for another's parts."""
+    base = base or Recipe()
+    name = values.get("method", base.method)
+    if not isinstance(name, str) or name not in METHODS:
+        return base  # refused with all other wrong values
+    if name != base.method:
+        base = starting(base, name)
+    for part in base.others() & values.keys():
+        whose = " and ".join(other for other, family in METHODS.items() if part in family.parts)
+        raise UserError(f"'{part}' is a part of {whose}, and this recipe's method is {name}")
+    return base
 
 
 def suggest(name: str, where: str, known: list[str], path: str) -> str:
@@ -208,5 +228,8 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields that would change the result of a run, as `optim.lr: 0.001 -> 0.0005`."""
+    if old.method != new.method:
+        return [f"method: {old.method} -> {new.method}"]
     a, b = flat(asdict(old)), flat(asdict(new))
-    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(CHANGES_NO_RESULT)]
+    skipped = (*CHANGES_NO_RESULT, *(f"{part}." for part in old.others()))
+    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(skipped)]

@@ -7,7 +7,6 @@ rank (images as they were cropped, masks), so that no data is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,13 +19,15 @@ from openjepa import rng
 from openjepa.data.stream import Batch
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.optim import OptimConfig
 from openjepa.engine.train import gradient_norm
 from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError, first_line
-from openjepa.masking import Masks
-from openjepa.methods.ijepa import IJEPA
+from openjepa.masking import Masks, TokenMasks
+from openjepa.methods.method import Method
 from openjepa.models.encoder import Normalise
 from openjepa.models.weights import load_strict
+from openjepa.recipes.methods import inputs
 from openjepa.recipes.recipe import Recipe, to_yaml
 
 
@@ -35,12 +36,12 @@ def dump(run: Path, recipe: Recipe, done: int, batch: Batch, method: nn.Module, 
     out = run / "bad_steps" / f"step-{done + 1:08}"
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, done, method, optimizer, {})
-    masks = batch.masks
-    tensors = {"images": batch.images, "context": masks.context, "targets": masks.targets}
-    tensors |= {"indices": torch.from_numpy(batch.indices)} | (
-        {} if masks.lengths is None else {"lengths": masks.lengths}
+    masks = {f"masks.{k}": v for k, v in vars(batch.masks).items() if isinstance(v, Tensor)}
+    tensors = {"images": batch.images, "small": batch.small, "indices": torch.from_numpy(batch.indices), **masks}
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items() if v is not None},
+        out / f"batch-{parallel.rank():05}.safetensors",
     )
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"batch-{parallel.rank():05}.safetensors")
     if parallel.rank() == 0:
         write_whole(out / "recipe.yaml", to_yaml(recipe))
     return out
@@ -69,7 +70,7 @@ def replay(kept: Path) -> Iterator[str]:
         for part in batch.parts(recipe.optim.accumulate):
             here = part.to(device)
             with autocast():
-                out = method(normalise(here.images), here.masks)
+                out = method(*inputs(here, normalise))
             finite = out["losses"].isfinite().cpu()
             for i in (~finite).nonzero()[:, 0].tolist():
                 bad += 1
@@ -78,7 +79,7 @@ def replay(kept: Path) -> Iterator[str]:
             out["loss"].backward()
             parameters = [p for p in method.parameters() if p.grad is not None]
             wild = [n for n, p in method.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            yield f"rank {rank}: loss {out['loss']:g}, gradient norm {gradient_norm(parameters, None):g}" + (
+            yield f"rank {rank}: loss {out['loss']:g}, gradient norm {gradient_norm(parameters, OptimConfig()):g}" + (
                 f", not finite in {len(wild)} parameters, the last of backward {wild[0]}" if wild else ""
             )
             method.zero_grad()
@@ -89,20 +90,18 @@ def read(file: Path) -> Batch:
     try:
         with safe_open(file, "pt") as opened:
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        lengths = tensors.get("lengths")
-        total = 0 if lengths is None else int(lengths.sum())
-        masks = Masks(tensors["context"], tensors["targets"], lengths, total)
-        return Batch(tensors["images"], masks, tensors["indices"].numpy())
-    except (OSError, KeyError, SafetensorError) as error:
+        kept = {name.removeprefix("masks."): tensors[name] for name in tensors if name.startswith("masks.")}
+        counted = kept.get("hidden", kept.get("lengths"))  # those of which the host knows how many
+        total = 0 if counted is None else int(counted.sum())
+        masks = TokenMasks(kept["hidden"], total) if "hidden" in kept else Masks(**kept, total=total)
+        return Batch(tensors["images"], masks, tensors["indices"].numpy(), small=tensors.get("small"))
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)})") from error
 
 
 @torch.no_grad()
-def alone(method: IJEPA, normalise: nn.Module, autocast: object, batch: Batch, i: int) -> tuple[float, str]:
+def alone(method: Method, normalise: nn.Module, autocast: object, batch: Batch, i: int) -> tuple[float, str]:
     """The loss of one image by itself, and which module's output was the first that is not finite."""
-    one = replace(
-        batch, images=batch.images[i : i + 1], masks=batch.masks.rows(slice(i, i + 1)), indices=batch.indices[i : i + 1]
-    )
     device = next(method.parameters()).device
     first: list[str] = []
 
@@ -116,8 +115,7 @@ def alone(method: IJEPA, normalise: nn.Module, autocast: object, batch: Batch, i
     hooks = [m.register_forward_hook(look(n)) for n, m in method.named_modules() if n]
     try:
         with autocast():  # type: ignore[operator]
-            here = one.to(device)
-            loss = float(method(normalise(here.images), here.masks)["loss"])
+            loss = float(method(*inputs(batch.rows(slice(i, i + 1)).to(device), normalise))["loss"])
     finally:
         for hook in hooks:
             hook.remove()

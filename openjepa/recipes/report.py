@@ -14,8 +14,8 @@ from openjepa.data.sources import Source, open_source
 from openjepa.engine.run import read_metrics
 from openjepa.evaluate import answers, suite
 from openjepa.evaluate.features import Images, View
-from openjepa.masking import sample
 from openjepa.recipes.exchange import load
+from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import to_yaml
 from openjepa.rng import permutation
@@ -24,6 +24,13 @@ from openjepa.see.report import Section, code, html_table, write_report
 
 SHOWN = 8  # images in a row
 SEARCHED = 1500  # images that neighbours are looked for in
+TASKS = {
+    "ijepa": "The context encoder sees the patches of the middle row; from them the predictor must tell the features of each "
+    "coloured block.",
+    "mae": "The encoder sees the patches of the middle row; from them the decoder must paint the coloured ones.",
+    "ibot": "The student sees a learned vector in place of the coloured patches, and must tell what the teacher makes of them; "
+    "and it must tell alike what shows the same image.",
+}
 
 
 def report(run: Path) -> Path:
@@ -34,15 +41,9 @@ def report(run: Path) -> Path:
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
     metrics, known = read_metrics(run), answers.read(run)
     sections = [section for records in together(known) for section in worth(records)]
-    masks = sample(recipe.masking, recipe.model.grid, recipe.seed, 0, np.arange(SHOWN))
-    sections += [
-        Section(
-            "What it had to predict",
-            "The context encoder sees the patches of the middle row; from them the predictor must tell the target "
-            "encoder's features of each coloured block.",
-            figures.masks_figure(images[:SHOWN], masks, recipe.model.grid),
-        ),
-    ]
+    masks = METHODS[recipe.method].views(recipe).masks(recipe.seed, 0, np.arange(SHOWN), np.arange(SHOWN))
+    drawn = figures.masks_figure(images[:SHOWN], masks, recipe.model.grid)
+    sections.append(Section("What it had to predict", TASKS[recipe.method], drawn))
     if metrics:
         text = (
             "The loss alone says little: features that stop telling images apart also make it fall. "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openjepa.evaluate.scores import SHARES, dense
 from openjepa.evaluate.suite import spelled
-from openjepa.masking import Masks
+from openjepa.masking import Masks, TokenMasks
 from openjepa.models.encoder import Encoder
 
 BLUE, GREY, ORANGE, INK = "#2f6fde", "#b9bfca", "#e0812b", "#22262e"
@@ -32,17 +32,22 @@ SPENT = {  # what `openjepa bench fleet` says that a device's time goes to
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
-def masks_figure(images: Tensor, masks: Masks, grid: tuple[int, int]) -> Figure:
-    """Rows: the image, what the context encoder sees, the target blocks. images uint8 [n, 3, H, W]."""
+def masks_figure(images: Tensor, masks: Masks | TokenMasks, grid: tuple[int, int]) -> Figure:
+    """Rows: the image, what is seen of it, what is to be predicted, block by block. images uint8 [n, 3, H, W]."""
     n, _, height, _ = images.shape
     p = height // grid[0]
     figure, axes = canvas(3, n, "image", "context", "targets")
     for i in range(n):
         pixels = to_pixels(images[i])
-        length = masks.context.shape[-1] if masks.lengths is None else int(masks.lengths[i, 0])
-        seen = patch_map(masks.context[i, 0, :length], grid, p)
+        if isinstance(masks, TokenMasks):
+            first = masks.hidden[i, 0]  # of several crops
+            context, targets = (~first).nonzero()[:, 0], [first.nonzero()[:, 0]]
+        else:
+            length = masks.context.shape[-1] if masks.lengths is None else int(masks.lengths[i, 0])
+            context, targets = masks.context[i, 0, :length], [*masks.targets[i]]
+        seen = patch_map(context, grid, p)
         blocks = pixels * 0.25 + 0.7
-        for j, block in enumerate(masks.targets[i]):
+        for j, block in enumerate(targets):
             inside = patch_map(block, grid, p)
             blocks[inside] = 0.7 * pixels[inside] + 0.3 * np.array(to_rgb(TARGETS[j % len(TARGETS)]))
         axes[0][i].imshow(pixels)

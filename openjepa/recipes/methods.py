@@ -1,0 +1,117 @@
+"""The methods by name: what of a recipe each reads, how it is built, and the views that it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from openjepa import masking
+from openjepa.data.stream import Batch, Views
+from openjepa.errors import UserError
+from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
+from openjepa.methods.ibot import IBOT
+from openjepa.methods.ijepa import IJEPA
+from openjepa.methods.mae import MAE
+from openjepa.methods.method import Method
+
+if TYPE_CHECKING:
+    from openjepa.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the code knows of a method."""
+
+    kind: type[Method]
+    parts: tuple[str, ...]  # of a recipe that it alone reads, or shares with some
+    build: Callable[[Recipe], Method]
+    views: Callable[[Recipe], Views]
+    check: Callable[[Recipe], None]  # raises UserError for values that do not go together
+
+
+def one_view(recipe: Recipe) -> Views:
+    """A crop of every image, with visible and hidden patches."""
+    masks = partial(sample_share, recipe.masking, recipe.model.grid)
+    return Views((recipe.augment,), recipe.model.image_size, recipe.model.channels, masks)
+
+
+def many_views(recipe: Recipe) -> Views:
+    """Two large crops of every image with hidden patches, and small ones."""
+    crops = recipe.crops
+    masks = partial(hide_tokens, recipe.token_masking, recipe.model.grid, 2)
+    return Views(
+        crops.large(recipe.augment), recipe.model.image_size, recipe.model.channels, masks,
+        crops.little(recipe.augment), crops.small, crops.small_size,
+    )  # fmt: skip
+
+
+def check_ijepa(recipe: Recipe) -> None:
+    if recipe.loss.regularised and recipe.data.batch_size < 2 * recipe.optim.accumulate:
+        raise UserError("loss.variance and loss.covariance need parts of 2 images or more: lower optim.accumulate")
+    if recipe.masking.context == "packed":
+        if recipe.model.class_token or recipe.model.registers:
+            raise UserError("masking.context 'packed' does not go with model.class_token or registers: use 'even'")
+        if recipe.masking.contexts > 1:
+            raise UserError("masking.context 'packed' takes one context block: set masking.contexts 1 or use 'even'")
+        if recipe.predictor.context == "shared":
+            raise UserError("masking.context 'packed' does not go with predictor.context 'shared': use 'even'")
+    masking.check(recipe.masking, recipe.model.grid)
+
+
+def check_mae(recipe: Recipe) -> None:
+    if recipe.masking.strategy not in ("random", "block") or recipe.masking.context == "packed":
+        raise UserError(
+            "mae paints all that is hidden from all that is visible: masking.strategy random or block, masking.context even"
+        )
+    masking.check(recipe.masking, recipe.model.grid)
+
+
+def check_ibot(recipe: Recipe) -> None:
+    if not recipe.model.class_token:
+        raise UserError("ibot compares class tokens: set model.class_token true")
+    crops, patch = recipe.crops, recipe.model.patch_size
+    if crops.small and any(side % patch for side in crops.small_size):
+        raise UserError(
+            f"crops.small_size {crops.small_size[0]}x{crops.small_size[1]} does not divide into patches of {patch} pixels"
+        )
+    if recipe.ibot.patch_weight and not int(
+        recipe.token_masking.hidden[0] * recipe.model.grid[0] * recipe.model.grid[1]
+    ):
+        raise UserError(
+            f"token_masking.hidden {recipe.token_masking.hidden[0]:g} of a {recipe.model.grid[0]}x{recipe.model.grid[1]} grid "
+            "hides no patch: raise it, or set ibot.patch_weight 0"
+        )
+
+
+def inputs(batch: Batch, normalise: nn.Module) -> tuple[Tensor, Masks | TokenMasks, Tensor | None]:
+    """What a method's forward takes, of a batch on the device."""
+
+    def each(images: Tensor) -> Tensor:
+        """[..., channels, H, W]"""
+        return cast(Tensor, normalise(images.flatten(0, -4)).unflatten(0, images.shape[:-3]))
+
+    return each(batch.images), batch.masks, None if batch.small is None else each(batch.small)
+
+
+METHODS = {
+    "ijepa": Family(
+        IJEPA, ("predictor", "loss", "masking"), lambda r: IJEPA(r.model, r.predictor, r.loss), one_view, check_ijepa
+    ),
+    "mae": Family(MAE, ("mae", "masking"), lambda r: MAE(r.model, r.mae), one_view, check_mae),
+    "ibot": Family(IBOT, ("ibot", "crops", "token_masking"), lambda r: IBOT(r.model, r.ibot), many_views, check_ibot),
+}
+PARTS = {part for family in METHODS.values() for part in family.parts}
+
+
+def starting(recipe: Recipe, name: str) -> Recipe:
+    """A recipe of another method: what all share stays, what is the method's own begins at its defaults."""
+    kind = type(recipe)
+    values = {part: getattr(recipe, part) for part in recipe.__dataclass_fields__ if part not in (*PARTS, "method")}
+    values["model"] = replace(values["model"], class_token=name != "ijepa")
+    if name == "mae":
+        values["masking"] = masking.MaskingConfig(strategy="random", hidden=0.75, min_keep=1)
+    return kind(method=name, **values)  # type: ignore[arg-type]
