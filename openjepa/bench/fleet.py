@@ -52,7 +52,7 @@ INPUTS = {
     "latency of a hop": Input(10, "µs", "assumed, between nodes"),
     "bucket": Input(26.2, "MB", "torch's DDP: 25 MiB"),
     "jitter": Input(0.02, "of a step, a device", "assumed: standard deviation between devices"),
-    "pauses": Input(1e-5, "a step and device", "assumed; each of 1 s; in the simulation alone"),
+    "pauses": Input(1e-4, "a step and device", "assumed, each of 50 ms; in the simulation alone"),
     "ImageNet-1k": Input(115.4, "kB an image", "the archive: 147.9 GB, 1,281,167 images"),
     "ImageNet-22k": Input(92.3, "kB an image", "the archive: 1.31 TB, 14,197,122 images"),
     "cores": Input(112, "a node", "data sheet, DGX H100"),
@@ -262,7 +262,7 @@ def plan(job: Job, steps: dict[int, Step], devices: int, batch: int) -> dict[str
         "memory_gb": size.memory(images / parts) / 1e9,
         "fsdp_memory_gb": size.memory(images / parts, devices) / 1e9,
         "network_gb_per_step": moved,
-        "network_gbit_per_s": 8 * moved / step,
+        "network_gbit_per_s": 8 * moved / step if devices > given("devices a node") else 0.0,  # of a node, each way
         "fsdp_network_gb_per_step": size.gathered(parts) * (devices - 1) / devices / 1e9,
         "read_gb_per_s": rate * job.image_kb / 1e6,
         "decoding_cores": rate / given("decoding"),
@@ -298,7 +298,7 @@ def simulate(job: Job, steps: dict[int, Step], devices: int, batch: int, played:
         loaded = np.maximum(loaded, taken[0]) + took(images / (cores * given("decoding")), 0.1, devices)
         begin = np.maximum(now, loaded)
         taken = [*taken[1:], begin]
-        pause = (draw.random(devices) < given("pauses")) * 1.0  # s
+        pause = (draw.random(devices) < given("pauses")) * 0.05  # s
         passes = took(1, given("jitter"), devices, parts)
         before = begin + pause + one.forward * passes.sum(1) + one.backward * passes[:, :-1].sum(1)
         made = before[:, None] + one.backward * passes[:, -1:] * np.arange(1, count + 1) / count  # gradients, by bucket
