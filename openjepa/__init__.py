@@ -12,7 +12,7 @@ _PUBLIC = {
     "Masks": "openjepa.masking",
     "MaskingConfig": "openjepa.masking",
     "Recipe": "openjepa.recipes.recipe",
-    "RECIPES": "openjepa.recipes.ijepa",
+    "RECIPES": "openjepa.recipes.named",
     "ViT": "openjepa.models.vit",
     "ViTConfig": "openjepa.models.vit",
     "open_source": "openjepa.data.sources",

@@ -191,7 +191,7 @@ def replay(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def recipes(args: argparse.Namespace, rest: list[str]) -> None:
-    from openjepa.recipes.ijepa import RECIPES
+    from openjepa.recipes.named import RECIPES
     from openjepa.recipes.recipe import to_yaml
 
     refuse(rest)
@@ -205,9 +205,13 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
 def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.bench.measure import measure
 
-    refuse(rest)
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))
-    measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json)
+    asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds")}
+    if args.what == "compare":
+        asked["values"] = pairs(rest)
+    else:
+        refuse(rest)
+    measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json, **asked)
 
 
 COMMANDS = {
@@ -327,9 +331,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data",
         metavar="SPEC",
-        help="data: of these images instead of rendered ones; fleet: a file of `bench batches`",
+        help="data, compare: of these images instead of rendered ones; fleet: a file of `bench batches`",
     )
-    p.add_argument("--plot", metavar="FILE.png", help="scaling, fleet: draw it")
+    p.add_argument("--test", metavar="SPEC", help="compare: labelled images; else a fifth of --data")
+    p.add_argument(
+        "--methods", metavar="NAMES", help="compare: ijepa,mae,ibot; also ijepa:loss.target=pixels, or a recipe"
+    )
+    p.add_argument("--budget", metavar="TIME", help="compare: of training, for each of them: 90s, 30min, 2h")
+    p.add_argument("--seeds", metavar="NUMBERS", help="compare: 0 unless told")
+    p.add_argument("--plot", metavar="FILE.png", help="scaling, compare, fleet: draw it")
     p.add_argument("--json", action="store_true", help="print all numbers as JSON")
     p.add_argument("--out", metavar="FILE", help="add them to a JSON file, one for a machine")
     return top
@@ -361,7 +371,7 @@ def chosen(args: argparse.Namespace) -> tuple[Any, bool]:
 
 
 def named(name: str) -> Any:
-    from openjepa.recipes.ijepa import RECIPES
+    from openjepa.recipes.named import RECIPES
 
     if name not in RECIPES:
         raise UserError(f"unknown recipe '{name}'{nearest(name, RECIPES)} (openjepa recipes lists them)")

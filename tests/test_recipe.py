@@ -8,7 +8,7 @@ import yaml
 
 import openjepa
 from openjepa.errors import UserError
-from openjepa.recipes.ijepa import RECIPES
+from openjepa.recipes.named import RECIPES
 from openjepa.recipes.recipe import Recipe, all_keys, differences, from_dict, override, to_dict, to_yaml
 
 

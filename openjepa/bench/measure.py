@@ -15,6 +15,7 @@ from rich.table import Table
 
 from openjepa.bench import parts
 from openjepa.bench.clock import Rows
+from openjepa.bench.compare import compare
 from openjepa.bench.cost import batches, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
@@ -27,7 +28,6 @@ from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 
 COLUMNS = 9  # of a table that a terminal can hold
-FIGURES = {"scaling": "cost_figure", "fleet": "fleet_figure"}  # in see, of what is drawn
 PICTURES = (".png", ".svg", ".pdf")
 
 BENCHES: dict[str, Callable[..., Rows]] = {
@@ -47,31 +47,36 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "ragged": parts.ragged,
     "scenes": parts.scenes,
     "soak": soak,
+    "compare": compare,
 }
+FIGURES = {"scaling": "cost_figure", "compare": "comparison_figure", "fleet": "fleet_figure"}
+NAMED = ("methods", "budget")  # of what was asked, that tells one measurement from another
 
 
 def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
-            as_json: bool = False) -> None:  # fmt: skip
-    """Measure and say what was found. peer, spec, plot: of those they go with alone; out: a file of many measurements.
+            as_json: bool = False, **asked: Any) -> None:  # fmt: skip
+    """Measure and say what was found. peer, spec, plot, asked: of some measurements alone; out: a file of many measurements.
 
     Raises UserError, before anything is measured, for what could not be kept.
     """
     if what not in BENCHES:
         raise UserError(f"unknown measurement '{what}': one of {', '.join(BENCHES)}{nearest(what, BENCHES)}")
-    for flag, given, whose in (
-        ("--against", peer, ["train"]),
-        ("--data", spec, ["data", "fleet"]),
-        ("--plot", plot, [*FIGURES]),
-    ):
+    flags = [
+        ("--against", peer, ("train",)),
+        ("--data", spec, ("data", "compare", "fleet")),
+        ("--plot", plot, (*FIGURES,)),
+    ]
+    for flag, given, whose in [*flags, *((f"--{name}", value, ("compare",)) for name, value in asked.items())]:
         if given and what not in whose:
-            raise UserError(f"{flag} goes with bench {' or '.join(whose)}")
+            raise UserError(f"{flag} goes with bench {' and '.join(whose)}")
     if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir()):
         raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
     if out:
         kept(out)
     begun = time.strftime("%Y-%m-%d %H:%M")
-    rows = against(peer) if peer else BENCHES[what](spec) if spec else BENCHES[what]()
-    name = f"{what}, {peer or spec}" if peer or spec else what
+    given = {name: value for name, value in asked.items() if value}
+    rows = against(peer) if peer else BENCHES[what](spec, **given) if spec else BENCHES[what](**given)
+    name = ", ".join([what, *filter(None, (peer, spec)), *(f"{v}" for k, v in given.items() if k in NAMED)])
     command = shlex.join(["openjepa", *sys.argv[1:]])
     record = {"command": command, "date": begun, "environment": environment(), "rows": rows}
     if plot:

@@ -273,6 +273,35 @@ def fleet_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy against seconds and against steps, a line a method, every seed thin: `openjepa bench compare` (figures 1 and 5)."""
+    names = list(dict.fromkeys(row["who"] for row in rows if row["step"]))
+    pixels = next(row for row in rows if row["who"] == "raw pixels")
+    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(2, 2, sharex="col"), ("linear", "knn"), strict=True):
+        for axis, along in zip(axes, ("seconds", "step"), strict=True):
+            for name, colour in zip(names, (BLUE, *TARGETS), strict=False):
+                mine = [row for row in rows if row["who"] == name]
+                begun = [row for row in rows if row["who"] == f"{name}, random weights"]
+                seeds = list(dict.fromkeys(row["seed"] for row in mine))
+                lines = []
+                for seed in seeds:
+                    line = sorted((r for r in (*begun, *mine) if r["seed"] == seed), key=lambda r: r["step"])
+                    lines.append(([r[along] for r in line], [100 * r[metric] for r in line]))
+                    axis.plot(*lines[-1], color=colour, linewidth=0.7, alpha=0.5)
+                axis.plot(*np.mean(lines, 0), "o-", color=colour, linewidth=1.8, ms=3.5, label=name)
+            axis.axhline(100 * pixels[metric], color=GREY, linewidth=1.2, linestyle="--", label="raw pixels")
+            axis.set_ylabel(
+                f"{'linear probe' if metric == 'linear' else 'k-NN'}, %" if along == "seconds" else "", fontsize=9
+            )
+            axis.set_xlabel(
+                {"seconds": "seconds of training", "step": "steps"}[along] if metric == "knn" else "", fontsize=9
+            )
+            tidy(axis)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 # ---------------------------------------------------------------- shared
 
 

@@ -1,0 +1,203 @@
+"""`openjepa bench compare`: methods on the same images, with the same encoder, for the same time (the paper's figures 1 and 5).
+
+Each contestant first shows its pace, then gets as many steps as the budget holds, its schedule stretched over them. It is
+looked at several times on the way; looking does not count. Beside all of them stand random weights and raw pixels.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from openjepa.bench.clock import Rows
+from openjepa.data.order import epoch_order
+from openjepa.data.sources import Source, open_source
+from openjepa.data.stream import steps_per_epoch
+from openjepa.engine.checkpoint import checkpoints
+from openjepa.engine.device import pick_autocast, pick_device, pick_precision
+from openjepa.engine.run import read_metrics
+from openjepa.errors import UserError, nearest
+from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, Images, PixelFeatures, View, extract
+from openjepa.evaluate.knn import knn_predict
+from openjepa.evaluate.linear import RECIPES as PROBES
+from openjepa.evaluate.linear import Probe
+from openjepa.evaluate.subjects import Task, class_tasks
+from openjepa.recipes.exchange import load
+from openjepa.recipes.methods import METHODS
+from openjepa.recipes.named import RECIPES
+from openjepa.recipes.pretrain import pretrain, random_encoder
+from openjepa.recipes.recipe import Recipe, override
+
+POINTS = 5  # looks at each run
+PACE_STEPS = 40  # that show it, the first half to warm up
+LABELLED, TESTED = 10_000, 5_000  # most images that a look uses
+K = 20
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A recipe, and what it is called here."""
+
+    name: str
+    recipe: Recipe
+
+
+def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contestant]:
+    """mae, or ijepa_scenes, or ijepa:loss.target=pixels:masking.targets=2. values: changes to all. Raises UserError."""
+    found = []
+    for word in words:
+        name, *changes = word.split(":")
+        known = f"{name}_cifar10_cpu" if name in METHODS else name
+        if known not in RECIPES:
+            raise UserError(f"--methods {name}: a method or a recipe{nearest(name, [*METHODS, *RECIPES])}")
+        if wrong := [c for c in changes if "=" not in c]:
+            raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
+        own = dict(change.split("=", 1) for change in changes)
+        found.append(Contestant(word, override(RECIPES[known](), {**values, **own})))
+    if len(set(words)) < len(words) or not words:
+        raise UserError("--methods: name each once")
+    return found
+
+
+def seconds_of(budget: str) -> float:
+    """30min, 90s, 1.5h. Raises UserError."""
+    units = {"s": 1, "min": 60, "h": 3600}
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", budget)) or not float(match[1]):
+        raise UserError(f"--budget {budget}: give a time such as 90s, 30min or 2h")
+    return float(match[1]) * units[match[2]]
+
+
+class Jury:
+    """Scores what it is shown on the same labelled images."""
+
+    def __init__(self, train: Source, test: Source | None, view: View, patch: int, device: torch.device) -> None:
+        """Without a test set a fifth of the images is kept for it, which only their labels know."""
+        order = epoch_order(0, "jury", 0, len(train))[np.arange(min(len(train), LABELLED + TESTED))]
+        held = 0 if test else len(order) // 5
+        self.train, self.test, self.device = train, test or train, device
+        self.rows = order[held:][:LABELLED]
+        self.unseen = (
+            order[:held] if not test else epoch_order(0, "jury", 0, len(test))[np.arange(min(len(test), TESTED))]
+        )
+        self.tasks = class_tasks(train, self.test)
+        self.view, self.patch = view, patch
+
+    def encoder(self, encoder: torch.nn.Module, precision: str) -> dict[str, float]:
+        autocast = pick_autocast(precision, self.device)  # type: ignore[arg-type]
+        return self.scores(EncoderFeatures(encoder.to(self.device), self.view, autocast, precision))  # type: ignore[arg-type]
+
+    def pixels(self) -> dict[str, float]:
+        return self.scores(PixelFeatures(self.view, self.patch, self.device))
+
+    def scores(self, extractor: Extractor) -> dict[str, float]:
+        """k-NN and linear accuracy, means over tasks."""
+        bank, queries = (
+            extract(extractor, Images(source, rows, self.view))
+            for source, rows in ((self.train, self.rows), (self.test, self.unseen))
+        )
+        found = [self.score(task, bank, queries) for task in self.tasks]
+        return {name: mean(each[name] for each in found) for name in found[0]}
+
+    def score(self, task: Task, bank: Tensor, queries: Tensor) -> dict[str, float]:
+        labels, expected = task.labels[0][self.rows], task.labels[1][self.unseen]
+        classes = len(task.classes)
+        near = knn_predict(bank[:, -1], labels, queries[:, -1], classes, (K,), device=self.device)
+        train, test = (Features(x.numpy(), np.arange(len(x))) for x in (bank, queries))
+        linear = Probe(PROBES["fast"], train, labels, classes, self.device).run(test).predictions
+        return {
+            "knn": float((next(iter(near.values())) == expected).float().mean()),
+            "linear": float((linear == expected).float().mean()),
+        }
+
+
+def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "ijepa,mae,ibot", budget: str = "30min",
+            seeds: str = "0", values: Mapping[str, str] | None = None) -> Rows:  # fmt: skip
+    """Rows: a look at a contestant, with its seconds and steps of training; then the controls. Raises UserError."""
+    entered, limit = contestants(methods.split(","), values or {}), seconds_of(budget)
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise UserError(f"--seeds {seeds}: give whole numbers, such as 0,1")
+    first = entered[0].recipe
+    alike = {
+        (c.recipe.model.image_size, c.recipe.model.patch_size, c.recipe.model.dim, c.recipe.model.n_blocks)
+        for c in entered
+    }
+    if len(alike) > 1:
+        raise UserError("the methods' recipes have other encoders or images: a comparison needs the same")
+    device, size = pick_device(first.machine.device), first.model.image_size
+    source = open_source(spec, size)
+    jury = Jury(
+        source,
+        open_source(test, size) if test else None,
+        View(size, first.model.channels),
+        first.model.patch_size,
+        device,
+    )
+    precision = pick_precision("auto", device)
+    rows: Rows = []
+    for seed in map(int, seeds.split(",")):
+        for contestant in entered:
+            recipe = replace(contestant.recipe, seed=seed, precision=precision)
+            rows += looked_at(contestant.name, recipe, spec, source, limit, jury)
+            rows.append(
+                control(f"{contestant.name}, random weights", seed, jury.encoder(random_encoder(recipe), precision))
+            )
+    rows.append(control("raw pixels", 0, jury.pixels()))
+    return rows
+
+
+def control(name: str, seed: int, scores: Mapping[str, float]) -> dict[str, object]:
+    return {"who": name, "seed": seed, "step": 0, "images": 0, "seconds": 0.0, "images_per_s": 0.0, **scores}
+
+
+def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float, jury: Jury) -> Rows:
+    """Train one contestant for its time, then look at what it was on the way."""
+    per_epoch = steps_per_epoch(len(source), recipe.data.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        pace = stretched(recipe, PACE_STEPS, per_epoch, PACE_STEPS // 2)
+        pretrain(pace, spec, Path(folder) / "pace", Console(quiet=True))
+        speed = read_metrics(Path(folder) / "pace")[-1]["images_per_s"]
+        steps = max(POINTS, round(limit * speed / recipe.data.batch_size))
+        every = steps // POINTS
+        print(f"{name}, seed {recipe.seed}: {speed:.0f} images/s, {every * POINTS} steps", file=sys.stderr)
+        run = Path(folder) / "run"
+        pretrain(stretched(recipe, every * POINTS, per_epoch, every), spec, run, Console(quiet=True))
+        seconds = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
+        rows: Rows = []
+        for found in checkpoints(run):
+            scores = jury.encoder(load(found.path), recipe.precision)
+            images = found.step * recipe.data.batch_size
+            rows.append(
+                {"who": name, "seed": recipe.seed, "step": found.step, "images": images, "seconds": seconds[found.step],
+                 "images_per_s": images / seconds[found.step], **scores}
+            )  # fmt: skip
+            print(f"  {seconds[found.step]:.0f} s: {scores}", file=sys.stderr)
+        return rows
+
+
+def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
+    """A recipe for so many steps: what it does in epochs is done in the same share of the run; a checkpoint and a log line
+    every so many steps."""
+    epochs = steps / per_epoch
+    factor = epochs / recipe.schedule.epochs
+    ibot = replace(
+        recipe.ibot,
+        temperature_epochs=round(recipe.ibot.temperature_epochs * factor),
+        freeze_last_layer=recipe.ibot.freeze_last_layer * factor,
+    )
+    return replace(
+        recipe,
+        ibot=ibot,
+        schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=recipe.schedule.warmup_epochs * factor),
+        monitors=replace(recipe.monitors, log_every=every, knn_every=0),
+        machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=POINTS + 1),
+    )

@@ -1,0 +1,84 @@
+"""MAE recipes: the paper's (He et al., 2021, appendix A.1), and one that a CPU can run."""
+
+from __future__ import annotations
+
+from openjepa.data.augment import AugmentConfig
+from openjepa.data.stream import DataConfig
+from openjepa.engine.monitors import MonitorsConfig
+from openjepa.engine.optim import OptimConfig, ScheduleConfig
+from openjepa.masking import MaskingConfig
+from openjepa.methods.mae import MAEConfig
+from openjepa.models.vit import ViTConfig
+from openjepa.recipes.recipe import Recipe
+
+MASKING = MaskingConfig(strategy="random", hidden=0.75, min_keep=1)
+AUGMENT = AugmentConfig(crop_scale=(0.2, 1.0), flip=0.5)
+
+
+def rates(lr: float) -> OptimConfig:
+    """Warm-up from 0, a half cosine to 0, constant weight decay."""
+    return OptimConfig(lr=lr, start_lr=0.0, final_lr=0.0, weight_decay=0.05, final_weight_decay=0.05, betas=(0.9, 0.95))
+
+
+def paper(size: str, patch: int = 16) -> Recipe:
+    """The values that all of the paper's rows share: batch 4096, lr 1.5e-4 for each 256 images, 1600 epochs."""
+    return Recipe(
+        method="mae",
+        model=ViTConfig(size=size, patch_size=patch, class_token=True),
+        masking=MASKING,
+        data=DataConfig(batch_size=4096),
+        augment=AUGMENT,
+        optim=rates(1.5e-4 * 4096 / 256),
+        schedule=ScheduleConfig(epochs=1600, warmup_epochs=40),
+    )
+
+
+def mae_cifar10_cpu() -> Recipe:
+    """32-pixel images such as CIFAR-10's, about 30 minutes on 2 cores; the encoder of ijepa_cifar10_cpu, to compare.
+
+    openjepa pretrain --recipe mae_cifar10_cpu --data cifar10/train.parquet --out runs/mae
+    What it reached beside I-JEPA and iBOT: docs/comparison.md.
+    """
+    return Recipe(
+        method="mae",
+        model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6, class_token=True),
+        mae=MAEConfig(decoder_width=96, decoder_depth=3, decoder_heads=3),
+        masking=MASKING,
+        data=DataConfig(batch_size=64),
+        augment=AUGMENT,
+        optim=rates(1e-3),
+        schedule=ScheduleConfig(epochs=16, warmup_epochs=1),
+        monitors=MonitorsConfig(log_every=250),
+    )
+
+
+def mae_imagenette() -> Recipe:
+    """ViT-S/16 on Imagenette at 160 px, 200 epochs, one GPU; the encoder of ijepa_imagenette, to compare."""
+    return Recipe(
+        method="mae",
+        model=ViTConfig(size="S", image_size=(160, 160), class_token=True),
+        mae=MAEConfig(decoder_width=192, decoder_depth=4, decoder_heads=6),
+        masking=MASKING,
+        data=DataConfig(batch_size=256),
+        augment=AUGMENT,
+        optim=rates(1e-3),
+        schedule=ScheduleConfig(epochs=200, warmup_epochs=10),
+    )
+
+
+def mae_vitb16() -> Recipe:
+    """ViT-B/16, ImageNet-1k, 1600 epochs (published: 67.8 % linear); not run here."""
+    return paper("B")
+
+
+def mae_vitl16() -> Recipe:
+    """ViT-L/16, ImageNet-1k, 1600 epochs (published: 76.0 % linear); not run here."""
+    return paper("L")
+
+
+def mae_vith14() -> Recipe:
+    """ViT-H/14, ImageNet-1k, 1600 epochs (published: 77.2 % linear); not run here."""
+    return paper("H", 14)
+
+
+RECIPES = {make.__name__: make for make in (mae_cifar10_cpu, mae_imagenette, mae_vitb16, mae_vitl16, mae_vith14)}
