@@ -333,14 +333,18 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", metavar="WHAT")
     p.add_argument("--against", metavar="PEER", help="train: beside lightly's or stable-pretraining's I-JEPA module")
-    p.add_argument("--data", metavar="SPEC", help="data, compare: of these images instead of rendered ones")
+    p.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="data, compare: of these images instead of rendered ones; fleet: a file of `bench batches`",
+    )
     p.add_argument("--test", metavar="SPEC", help="compare: labelled images; else a fifth of --data")
     p.add_argument(
         "--methods", metavar="NAMES", help="compare: ijepa,mae,ibot; also ijepa:loss.target=pixels, or a recipe"
     )
     p.add_argument("--budget", metavar="TIME", help="compare: of training, for each of them: 90s, 30min, 2h")
     p.add_argument("--seeds", metavar="NUMBERS", help="compare: 0 unless told")
-    p.add_argument("--plot", metavar="FILE.png", help="scaling, compare: draw it")
+    p.add_argument("--plot", metavar="FILE.png", help="scaling, compare, fleet: draw it")
     p.add_argument("--json", action="store_true", help="print all numbers as JSON")
     p.add_argument("--out", metavar="FILE", help="add them to a JSON file, one for a machine")
     return top

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from openjepa.bench import measure, parts, peers
+from openjepa.bench import cost, measure, parts, peers
 from openjepa.bench import train as bench
 from openjepa.bench.train import PLAIN, Case, without
 from openjepa.engine.device import pick_precision
@@ -168,3 +168,13 @@ def test_both_kinds_of_context_are_measured_on_the_same_steps():
     rows = {row["context"]: row for row in parts.context(steps=3, warmup=1)}
     assert rows["packed"]["context_tokens"] > rows["even"]["context_tokens"] > 0
     assert min(row["images_per_s"] for row in rows.values()) > 0
+
+
+def test_a_step_is_timed_as_its_images_become_few(monkeypatch):
+    monkeypatch.setattr(cost, "GIANTS", (CASE,))
+    monkeypatch.setattr(cost, "FEW", (2, 4))
+    rows = cost.batches(steps=2 * bench.MASKS, warmup=1)
+    assert [(row["model"], row["batch"]) for row in rows] == [("tiny", 2), ("tiny", 4)]
+    for row in rows:
+        assert all(0 < row[f"{part}_s"] < row["max_s"] for part in bench.PARTS)
+        assert row["deviation"] > 0

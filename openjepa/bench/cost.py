@@ -1,4 +1,4 @@
-"""`openjepa bench scaling` and `start`: what a step costs as it grows, and what comes before the first."""
+"""`openjepa bench scaling`, `batches` and `start`: what a step costs as it grows, and what comes before the first."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import numpy as np
 import torch
 
 from openjepa.bench.clock import Rows, spread
-from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops
+from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, most_memory
 from openjepa.engine.device import pick_device, pick_precision
 from openjepa.errors import UserError, last_line
 from openjepa.masking import MaskingConfig, sample
@@ -63,6 +63,50 @@ def scaling(steps: int = 6, warmup: int = 2) -> Rows:
                     **spread(taken),
                     "gflop": work / 1e9,
                     "gflops": work / median(taken) / 1e9,
+                }
+            )
+    return rows
+
+
+GIANTS = (
+    Case("ViT-H/14", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 128),
+    Case("ViT-G/16", ViTConfig(size="G"), PredictorConfig(depth=16), 128),
+)
+FEW = (
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
+
+
+def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:
+    """Seconds and memory of a step of the two largest, as the images that a device holds become few; for `bench fleet`."""
+    device = pick_device("auto")
+    precision = pick_precision("auto", device)
+    rows: Rows = []
+    for case in GIANTS:
+        trainee = Trainee(Variant(precision, case, precision), device)
+        for count in FEW:
+            masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
+            images = torch.randn(count, 3, *case.model.image_size, device=device)
+            trainee.forget()
+            with most_memory(device) as memory:
+                for s in range(warmup + steps):
+                    trainee.step(images, masks[s % MASKS].to(device))
+            taken = trainee.seconds[warmup:]
+            rows.append(
+                {
+                    "model": case.name,
+                    "variant": precision,
+                    "batch": count,
+                    **spread(taken),
+                    "deviation": stdev(b / a for a, b in zip(taken, taken[MASKS:], strict=False))
+                    / 2**0.5,  # of equal masks
+                    **{f"{part}_s": median(times[warmup:]) for part, times in trainee.parts.items()},
+                    **memory,
                 }
             )
     return rows

@@ -16,9 +16,10 @@ from rich.table import Table
 from openjepa.bench import parts
 from openjepa.bench.clock import Rows
 from openjepa.bench.compare import compare
-from openjepa.bench.cost import scaling, start
+from openjepa.bench.cost import batches, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
+from openjepa.bench.fleet import fleet
 from openjepa.bench.peers import against
 from openjepa.bench.soak import soak
 from openjepa.bench.train import profile, techniques, train
@@ -38,6 +39,8 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "evaluate": evaluate,
     "probe": parts.probe,
     "scaling": scaling,
+    "batches": batches,
+    "fleet": fleet,
     "start": start,
     "attention": parts.attention,
     "context": parts.context,
@@ -46,7 +49,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "soak": soak,
     "compare": compare,
 }
-FIGURES = {"scaling": "cost_figure", "compare": "comparison_figure"}
+FIGURES = {"scaling": "cost_figure", "compare": "comparison_figure", "fleet": "fleet_figure"}
 NAMED = ("methods", "budget")  # of what was asked, that tells one measurement from another
 
 
@@ -58,7 +61,11 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
     """
     if what not in BENCHES:
         raise UserError(f"unknown measurement '{what}': one of {', '.join(BENCHES)}{nearest(what, BENCHES)}")
-    flags = [("--against", peer, ("train",)), ("--data", spec, ("data", "compare")), ("--plot", plot, (*FIGURES,))]
+    flags = [
+        ("--against", peer, ("train",)),
+        ("--data", spec, ("data", "compare", "fleet")),
+        ("--plot", plot, (*FIGURES,)),
+    ]
     for flag, given, whose in [*flags, *((f"--{name}", value, ("compare",)) for name, value in asked.items())]:
         if given and what not in whose:
             raise UserError(f"{flag} goes with bench {' and '.join(whose)}")

@@ -94,6 +94,10 @@ class Trainee:
         if "fused updates" in variant.plain:
             self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
         self.autocast = pick_autocast(variant.precision, device)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was timed until now."""
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
 

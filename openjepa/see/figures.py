@@ -20,6 +20,15 @@ from openjepa.models.encoder import Encoder
 
 BLUE, GREY, ORANGE, INK = "#2f6fde", "#b9bfca", "#e0812b", "#22262e"
 COSTS = {"batch": "images a step", "tokens": "patches an image", "width": "encoder width"}
+SPENT = {  # what `openjepa bench fleet` says that a device's time goes to
+    "images_s": ("images", BLUE),
+    "few_images_s": ("images being few", "#a9c3f2"),
+    "update_s": ("update", "#2fa36b"),
+    "slowest_device_s": ("slowest device", ORANGE),
+    "network_s": ("network", "#d6496b"),
+    "data_s": ("data", INK),
+    "saving_failing_s": ("saving, failing", "#8d5bd6"),
+}
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
@@ -213,6 +222,54 @@ def cost_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.set_ylabel("seconds a step" if name == axes[0] else "", fontsize=8)
         tidy(axis)
     figure.axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def fleet_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Images a second beside what as many single devices would do, and what a device's time goes to: `openjepa bench fleet`."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(4.3 * len(models), 5.4), layout="constrained")
+    above, below = figure.subplots(2, len(models), squeeze=False)
+    for axis, time, model in zip(above, below, models, strict=True):
+        mine = [row for row in rows if row["model"] == model]
+        paper = [row for row in mine if row["batch"] == mine[0]["batch"]]
+        filled = [row for row in mine if row not in paper]
+        devices = [row["devices"] for row in paper]
+        axis.plot(
+            devices,
+            [n * mine[0]["images_per_s"] for n in devices],
+            color=GREY,
+            linewidth=1.6,
+            label="as one, times as many",
+        )
+        for part, colour, name in (
+            (paper, BLUE, f"batch {paper[0]['batch']:,}"),
+            (filled, ORANGE, "128 images a device"),
+        ):
+            at = [row["devices"] for row in part]
+            axis.plot(at, [row["images_per_s"] for row in part], color=colour, linewidth=1.6, label=name)
+            axis.plot(at, [row["simulated_images_per_s"] for row in part], "o", color=colour, ms=5, mfc="none")
+        axis.plot([], [], "o", color=INK, ms=5, mfc="none", label="simulated")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(devices, [str(n) for n in devices])
+        axis.minorticks_off()
+        axis.set_title(model, fontsize=10, color=INK)
+        axis.set_xlabel("H100s", fontsize=8)
+        tidy(axis)
+        left = np.zeros(len(mine))
+        for key, (spent, colour) in SPENT.items():
+            shares = [100 * row[key] / sum(row[k] for k in SPENT) for row in mine]
+            time.barh(range(len(mine)), shares, 0.7, left=left, color=colour, label=spent)
+            left += shares
+        time.set_yticks(range(len(mine)), [f"{row['devices']}, batch {row['batch']:,}" for row in mine])
+        time.invert_yaxis()
+        time.set_xlim(0, 100)
+        time.set_xlabel("% of a device's time", fontsize=8)
+        tidy(time)
+    above[0].set_ylabel("images/s", fontsize=8)
+    above[0].legend(frameon=False, fontsize=7)
+    figure.legend(*below[0].get_legend_handles_labels(), frameon=False, fontsize=7, ncols=7, loc="outside lower center")
     return figure
 
 
