@@ -176,5 +176,5 @@ def test_a_step_is_timed_as_its_images_become_few(monkeypatch):
     rows = cost.batches(steps=2 * bench.MASKS, warmup=1)
     assert [(row["model"], row["batch"]) for row in rows] == [("tiny", 2), ("tiny", 4)]
     for row in rows:
-        assert all(0 < row[f"{part}_s"] < row["max_s"] for part in bench.PARTS)
+        assert all(0 < row[f"{part}_s"] < 2 * row["max_s"] for part in bench.PARTS)
         assert row["deviation"] > 0

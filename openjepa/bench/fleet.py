@@ -30,7 +30,7 @@ from openjepa.models import layers
 from openjepa.recipes.ijepa import ijepa_vitg16_in22k, ijepa_vith14
 from openjepa.recipes.recipe import Recipe
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results" / "placeholder.json"  # of a checkout
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "h100.json"  # of a checkout
 DEVICES = (1, 8, 64, 512)
 AT_ONCE = 128  # images that a device takes through the network at a time; more are accumulated
 

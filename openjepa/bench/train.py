@@ -5,6 +5,7 @@ Variants take turns on the same images and masks in one process, so that what el
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -102,24 +103,25 @@ class Trainee:
         self.seconds: list[float] = []
         self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
 
-    def step(self, images: Tensor, masks: Masks) -> None:
-        """One whole step, timed by its parts."""
+    def step(self, images: Tensor, masks: Masks, apart: bool = False) -> None:
+        """One whole step. apart: timed by its parts, which a GPU is waited for after each of."""
         method, device, plain = self.method, self.device, self.variant.plain
+        between = now if apart else lambda _: 0.0
         times = [now(device)]
         with without(plain):
             with self.autocast():
                 targets = method.targets(images, masks)
-                times.append(now(device))
+                times.append(between(device))
                 context, visible, ragged = method.encode_context(images, masks, 0)
-                times.append(now(device))
+                times.append(between(device))
                 loss = method.loss(method.predictor(context, visible, masks.targets, ragged), targets).mean()
-                times.append(now(device))
+                times.append(between(device))
             loss.backward()
-            times.append(now(device))
+            times.append(between(device))
             gradient_norm([p for group in self.optimizer.param_groups for p in group["params"]], OptimConfig())
             self.optimizer.step()
             self.optimizer.zero_grad()
-            times.append(now(device))
+            times.append(between(device))
             if "fused updates" in plain:
                 with torch.no_grad():
                     pairs = zip(method.target_encoder.parameters(), method.encoder.parameters(), strict=True)
@@ -128,7 +130,9 @@ class Trainee:
             else:
                 method.after_step(0.996)
             times.append(now(device))
-        self.seconds.append(times[-1] - times[0])
+        if not apart:
+            self.seconds.append(times[-1] - times[0])
+            return
         for part, (start, end) in zip(PARTS, pairwise(times), strict=True):
             self.parts[part].append(end - start)
 
@@ -182,8 +186,11 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
                 for step in range(warmup + steps):
                     for trainee in trainees:
                         trainee.step(images, masks[step % MASKS])
+                for step in range(MASKS):
+                    for trainee in trainees:
+                        trainee.step(images, masks[step], apart=True)
             found += [{**row(trainee, masks, warmup, peak), **memory} for trainee in trainees]
-            del trainees
+            del trainees, trainee
             for each in found[-len(together) :]:
                 print(f"{case.name}, {each['variant']}: {each['images_per_s']:.1f} images/s", file=sys.stderr)
         baseline = f"over_{ways[0].name}"
@@ -207,7 +214,7 @@ def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> d
         "gflop_per_image": work / 1e9,
         "share_of_peak": work * batch / median(seconds) / peak,
         "peak_gflops": peak / 1e9,
-        **{f"{part}_s": median(times[warmup:]) for part, times in trainee.parts.items()},
+        **{f"{part}_s": median(times) for part, times in trainee.parts.items()},
         "batch": batch,
     }
 
@@ -219,6 +226,7 @@ def most_memory(device: torch.device) -> Iterator[dict[str, float]]:
     if device.type != "cuda":
         yield found
         return
+    gc.collect()  # recomputed blocks hold themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     yield found
