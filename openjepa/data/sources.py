@@ -147,7 +147,11 @@ def local_path(spec: str) -> tuple[Path, bool]:
     try:
         path = Path(spec).expanduser()
         return path, path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, of an unknown user, closed to this one
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long, with a zero byte, of an unknown user, closed to this one
         raise UserError(f"data '{spec}': {first_line(error)}") from error
 
 
