@@ -129,6 +129,30 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, 
     assert same(weights(run), weights(reference))
 
 
+@pytest.mark.parametrize(("number", "why"), [(signal.SIGKILL, "memory ran out"), (signal.SIGSEGV, "a decoder crashed")])
+def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on(
+    undisturbed, folder, tmp_path, number, why
+):
+    recipe, reference = undisturbed
+    run = tmp_path / "run"
+    args = command(override(recipe, {"machine.workers": "2"}), folder, run, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_step(run, 9, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert line.startswith(
+        f"openjepa: a process that makes batches was killed by signal {int(number)} ({number.name}): {why}"
+    )
+    assert line.endswith("the same command goes on")
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert "going on from step" in done.stdout
+    assert same(weights(run), weights(reference))
+
+
 def test_automatic_precision_is_settled_when_a_run_begins(tiny, folder, tmp_path, monkeypatch):
     run, auto = tmp_path / "run", override(tiny, {"precision": "auto"})
     for fast in (True, False):  # as if the second start came on another machine

@@ -45,11 +45,10 @@ class Annotated(Folder):
             with Image.open(file, formats=FORMATS) as image:
                 refuse_pixels(*image.size)
                 values = np.asarray(image)
-            file_of_image = os.path.join(self.root, self.files[index])
-            with Image.open(file_of_image, formats=FORMATS) as seen:
-                size = seen.size
         except (BadImage, *DAMAGE) as error:
-            raise UserError(f"{file} or its image cannot be read ({first_line(error)})") from error
+            raise UserError(f"{file} cannot be read ({first_line(error)})") from error
+        with Image.open(os.path.join(self.root, self.files[index]), formats=FORMATS) as seen:
+            size = seen.size
         if values.ndim == 2 and sorted(values.shape) != sorted(size):  # sorted: some images are stored lying
             h, w = values.shape
             raise UserError(f"{file} is {w}x{h} pixels, its image {size[0]}x{size[1]}: a map has its image's size")
