@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from openjepa.data import stream
 from openjepa.data.order import epoch_order
 from openjepa.data.sources import open_source
 from openjepa.data.stream import DataConfig, Steps, batches
@@ -163,11 +165,22 @@ def test_odd_images_are_good(tmp_path, kind):
     assert batch.images.float().std() > 20  # a picture, not a plane
 
 
-def test_a_worker_that_ends_itself_is_named_with_its_status(folder, monkeypatch):
-    source = open_source(str(folder))
-    steps = steps_of(source)
-    monkeypatch.setattr(steps, "batch", lambda step: os._exit(7))
-    with pytest.raises(
-        UserError, match=r"a process that makes batches ended with status 7: .*; the same command goes on"
-    ):
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_worker_that_ends_itself_is_named_with_its_status(folder, monkeypatch, status):
+    monkeypatch.setattr(stream, "LOOK_S", 0.5)
+    steps = steps_of(open_source(str(folder)))
+    monkeypatch.setattr(steps, "batch", lambda step: os._exit(status))
+    with pytest.raises(UserError, match=f"a process that makes batches ended with status {status}: .* goes on"):
         next(batches(steps, 0, 5, 2, pin=False))
+
+
+def test_a_worker_that_hangs_is_waited_for_and_then_refused(folder, monkeypatch):
+    monkeypatch.setattr(stream, "LOOK_S", 0.25)
+    monkeypatch.setattr(stream, "STUCK_S", 1)
+    steps = steps_of(open_source(str(folder)))
+    make = steps.batch
+    monkeypatch.setattr(steps, "batch", lambda step: time.sleep(600) if step == 2 else make(step))
+    made = batches(steps, 0, 5, 1, pin=False)
+    assert len([next(made), next(made)]) == 2
+    with pytest.raises(UserError, match="no batch in 1 s: reading hangs"):
+        next(made)
