@@ -1,7 +1,9 @@
 """Claims about images that are lost on the way: each is replaced, named once, and changes nothing else; nor does a worker's end."""
 
 import io
+import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import cache
@@ -172,6 +174,26 @@ def test_a_worker_that_ends_itself_is_named_with_its_status(folder, monkeypatch,
     monkeypatch.setattr(steps, "batch", lambda step: os._exit(status))
     with pytest.raises(UserError, match=f"a process that makes batches ended with status {status}: .* goes on"):
         next(batches(steps, 0, 5, 2, pin=False))
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "x")]
+)
+def test_a_worker_that_dies_as_it_hands_a_batch_over_is_named(error):
+    """What then comes is an error of the socket between the two, before the system knows the worker to be dead."""
+    worker = multiprocessing.get_context("fork").Process(
+        target=lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGKILL))
+    )
+    worker.start()
+
+    def broken():
+        raise error
+        yield
+
+    with pytest.raises(UserError, match=r"was killed by signal 9 \(SIGKILL\).*goes on"):
+        stream.next_of(broken(), [worker])
+    with pytest.raises(type(error)):  # without a death it is what it is
+        stream.next_of(broken(), [])
 
 
 def test_a_worker_that_hangs_is_waited_for_and_then_refused(folder, monkeypatch):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 
@@ -209,15 +210,18 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
             worker.kill()
 
 
-def next_of(made: Iterator[Batch | UserError], workers: Iterable[BaseProcess]) -> Batch | UserError | None:
+def next_of(made: Iterator[Batch | UserError], workers: Collection[BaseProcess]) -> Batch | UserError | None:
     """The next that a loader makes, None at its end. Raises UserError where a worker has died, or nothing comes in STUCK_S."""
     for _ in range(round(STUCK_S / LOOK_S)):
         try:
             return next(made, None)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the latter: it died while it handed a batch over
+            late = str(error).startswith("DataLoader timed out")
+            if workers and not late:
+                multiprocessing.connection.wait([worker.sentinel for worker in workers], LOOK_S)  # it may be dying
             if cause := cause_of_death(workers):
                 raise UserError(f"{cause}; the same command goes on") from error
-            if not str(error).startswith("DataLoader timed out"):
+            if not late:
                 raise
     raise UserError(f"no batch in {STUCK_S} s: reading hangs, of a disk or a network")
 
