@@ -218,7 +218,10 @@ def next_of(made: Iterator[Batch | UserError], workers: Collection[BaseProcess])
         except (RuntimeError, OSError, EOFError) as error:  # the latter: it died while it handed a batch over
             late = str(error).startswith("DataLoader timed out")
             if workers and not late:
-                multiprocessing.connection.wait([worker.sentinel for worker in workers], LOOK_S)  # it may be dying
+                dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], LOOK_S)
+                for worker in workers:
+                    if worker.sentinel in dying:
+                        worker.join(LOOK_S)  # now its status is known
             if cause := cause_of_death(workers):
                 raise UserError(f"{cause}; the same command goes on") from error
             if not late:
