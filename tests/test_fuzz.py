@@ -109,14 +109,11 @@ def damaged(raw: bytes, damage: tuple[list[tuple[float, bytes, bool]], float | N
 
 # ---------------------------------------------------------------- recipes
 
-ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 300), st.sampled_from([10**9, 2**63, -(2**63), 10**400]), st.floats(),
-    st.text(max_size=20),
-    st.sampled_from(["S", "paper", "released", "multiblock", "random", "packed", "1e-3", "[1, 2]", "{a: 1}", "&a [*a]",
-    "0x1f", "1:30",
-                     "2024-99-99", "!!int ''", "!!python/object/apply:os.system [touch touched]", ".nan", "-.inf",
-                     "a\nb", "\x1b[31m"]),
-)  # fmt: skip
+WORDS = ["S", "paper", "released", "multiblock", "random", "packed", "1e-3", "[1, 2]", "{a: 1}", "&a [*a]", "0x1f", "1:30",
+         "2024-99-99", "!!int ''", "!!python/object/apply:os.system [touch touched]", ".nan", "-.inf", "a\nb",
+         "\x1b[31m"]  # fmt: skip
+NUMBERS = st.integers(-3, 300) | st.sampled_from([10**9, 2**63, -(2**63), 10**400]) | st.floats()
+ODD = st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.sampled_from(WORDS)
 VALUES = st.recursive(
     ODD,
     lambda more: st.lists(more, max_size=4) | st.dictionaries(ODD.filter(lambda k: k is not None), more, max_size=3),
@@ -380,18 +377,27 @@ def test_a_damaged_checkpoint_is_loaded_or_refused(effort, place, checkpoint):
 
 
 STRANGE: dict[str, Callable[[], object]] = {
-    "scalar": lambda: torch.tensor(1.0), "empty": lambda: torch.zeros(0, 8),
+    "scalar": lambda: torch.tensor(1.0),
+    "empty": lambda: torch.zeros(0, 8),
     "repeated": lambda: torch.zeros(1).expand(2**20, 2**20),
-    "sparse": lambda: torch.eye(8).to_sparse(), "complex": lambda: torch.zeros(8, dtype=torch.complex64),
+    "sparse": lambda: torch.eye(8).to_sparse(),
+    "complex": lambda: torch.zeros(8, dtype=torch.complex64),
     "bool": lambda: torch.ones(8) > 0,
-    "nan": lambda: torch.full((8,), torch.nan), "half": lambda: torch.zeros(8).half(), "meta": lambda: torch.zeros(8, 8,
-    device="meta"),
-    "flat": lambda: torch.zeros(8, 3, 0, 0), "quantised": lambda: torch.quantize_per_tensor(torch.zeros(8), 0.1, 0,
-    torch.qint8),
-    "six": lambda: torch.zeros(1, 1, 1, 1, 1, 1), "number": lambda: 7, "huge": lambda: 2**70, "minus": lambda: -1,
+    "nan": lambda: torch.full((8,), torch.nan),
+    "half": lambda: torch.zeros(8).half(),
+    "meta": lambda: torch.zeros(8, 8, device="meta"),
+    "flat": lambda: torch.zeros(8, 3, 0, 0),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.qint8),
+    "six": lambda: torch.zeros(1, 1, 1, 1, 1, 1),
+    "number": lambda: 7,
+    "huge": lambda: 2**70,
+    "minus": lambda: -1,
     "text": lambda: "a\nb",
-    "none": lambda: None, "list": lambda: [[1], {}], "dict": dict, "itself": lambda: itself(),
-}  # fmt: skip
+    "none": lambda: None,
+    "list": lambda: [[1], {}],
+    "dict": dict,
+    "itself": lambda: itself(),
+}
 NAMES = ["module.blocks.0.attn.qkv.weight", "module.blocks.999999999999.norm1.weight", "module.blocks.7.x",
          "module.pos_embed", "module.",
          "module.patch_embed.proj.weight", "module.predictor_embed.weight", "module.predictor_pos_embed",
@@ -428,6 +434,34 @@ def test_a_checkpoint_of_anything_is_loaded_or_refused(effort, place, checkpoint
     ways = st.lists(st.floats(0, 0.9999), max_size=3)
     names = st.floats(0, 0.9999) | st.sampled_from(NAMES)
     hold(claim, effort, st.lists(st.tuples(ways, names, st.sampled_from(sorted(STRANGE))), min_size=1, max_size=3))
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "value"),
+    [
+        ("target_encoder", "module.blocks.999999999999.norm1.weight", torch.ones(8)),
+        ("predictor", "module.predictor_blocks.999999999999.norm1.weight", torch.ones(8)),
+        ("target_encoder", "module.norm.weight", torch.ones(1).expand(2**20, 2**20)),
+        ("encoder", "module.pos_embed", torch.ones(1).expand(1, 2**20, 2**20)),
+    ],
+)
+def test_a_few_bytes_never_stand_for_endless_networks(place, checkpoint, network, name, value):
+    saved = torch.load(checkpoint)
+    saved[network][name] = value
+    torch.save(saved, "x.pth")
+    assert os.path.getsize("x.pth") < 2**20
+    with read_or_refused(), pytest.raises(UserError, match=r"x\.pth"):
+        openjepa.load("x.pth", heads=2)
+
+
+def test_a_recipe_of_a_few_lines_never_stands_for_endless_values(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    merged = ["a0: &a0 {x: 1}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30)]
+    for text in ("\n".join(lines), "\n".join(merged), "[" * 10**5, "a: " + "9" * 10**5, "x" * 10**6 + ": 1"):
+        (tmp_path / "x.yaml").write_text(text)
+        with read_or_refused(), pytest.raises(UserError) as refusal:
+            cli.read(tmp_path / "x.yaml")
+        assert len(str(refusal.value)) < 1000, text[:20]
 
 
 CALLS = ["os\nsystem", "posix\nsystem", "subprocess\nPopen", "builtins\nexec", "builtins\neval", "builtins\ngetattr",
