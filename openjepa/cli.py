@@ -401,14 +401,14 @@ def read(file: Path) -> tuple[Any, bool]:
 
 
 def read_yaml(file: Path) -> Any:
-    import yaml
+    from openjepa.recipes.recipe import from_yaml
 
     try:
-        return yaml.safe_load(file.read_text())
+        return from_yaml(file.read_text())
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"--config {file} is not YAML: {error}") from error
 
 
 def height_and_width(text: str | None) -> tuple[int, int] | None:
@@ -445,7 +445,7 @@ def main() -> None:
     try:
         COMMANDS[args.command](args, rest)
     except UserError as error:
-        print(f"openjepa: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever a file is called
+        print(f"openjepa: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK:

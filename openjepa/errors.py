@@ -4,12 +4,17 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+LONGEST_WORD = 100  # characters that somebody may have mistyped
+
 
 class UserError(Exception):
     """A mistake the user can mend: one line saying what, where and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # names from files may hold anything
 
 
 def first_line(error: BaseException) -> str:
@@ -35,6 +40,8 @@ def printable(text: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'lr'?` for the known word nearest to `word`, or an empty string."""
+    if len(word) > LONGEST_WORD:
+        return ""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 

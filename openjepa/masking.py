@@ -25,6 +25,7 @@ from openjepa.rng import Draws, key
 Grid = tuple[int, int]
 Range = tuple[float, float]
 
+MOST_CELLS = 2**22  # patches of the grid, times blocks, of one image: what its masks take while they are made
 ATTEMPTS = 20  # redraws of one image's blocks when its context would be too small
 
 
@@ -460,6 +461,11 @@ def check(config: MaskingConfig, grid: Grid) -> None:
     """
     patches = grid[0] * grid[1]
     name = f"a {grid[0]}x{grid[1]} grid ({patches} patches)"
+    if patches * (config.targets + config.contexts) > MOST_CELLS:
+        raise UserError(
+            f"masking: {config.targets} targets and {config.contexts} contexts on {name} are more than {MOST_CELLS} patches "
+            "an image: use fewer, or larger patches"
+        )
     match config.strategy:
         case "multiblock" if config.behaviour == "released":
             check_released(config, grid, name)

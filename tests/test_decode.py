@@ -1,6 +1,12 @@
 """Claims about one image on its way in: formats, damage, crops, and the fast path for plain JPEGs."""
 
 import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
 from functools import partial
 
 import numpy as np
@@ -205,3 +211,141 @@ def test_flip_jitter_and_blur_are_functions_of_their_numbers():
     assert np.array_equal(a, b)
     assert not np.array_equal(a, plain)
     assert np.array_equal(augment(raw, AugmentConfig(flip=1.0), (16, 16), 3, numbers), plain[:, ::-1])
+
+
+# ---------------------------------------------------------------- made to harm
+
+
+def png_that_says(width: int, height: int, rows: int = 0) -> bytes:
+    """A PNG of a size in its header, with so many black rows of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(rows * (1 + 3 * width)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def jpeg_that_says(width: int, height: int, **options: object) -> bytes:
+    """A JPEG of 64x64 pixels with another size in its header."""
+    raw = bytearray(encoded(Image.new("RGB", (64, 64), (10, 200, 10)), "JPEG", **options))
+    place = max(raw.find(b"\xff\xc0"), raw.find(b"\xff\xc2"))
+    raw[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    return bytes(raw)
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG that repeats its last scan until it has so many."""
+    raw = encoded(RED, "JPEG", progressive=True)
+    last = raw.rfind(decode_module.START_OF_SCAN)
+    return raw[:last] + raw[last:-2] * (count - decode_module.scans(raw) + 1) + raw[-2:]
+
+
+BOMBS = {
+    "png": (png_that_says(30_000, 30_000, rows=10_000), "30000x30000 pixels are more than the limit"),
+    "png of a header": (png_that_says(2**31 - 1, 2**31 - 1), "2147483647x2147483647 pixels are more than"),
+    "progressive jpeg": (jpeg_that_says(65_500, 65_500, progressive=True), "a JPEG of 10 scans: more than 1 over"),
+    "scans": (jpeg_of_scans(5000), "a JPEG of 5000 scans: more than 100 over"),
+}
+MEASURE = """
+import re, sys
+import numpy as np
+from openjepa.data.augment import AugmentConfig, augment
+from openjepa.data.decode import BadImage
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+raw = sys.stdin.buffer.read()
+before = peak()
+try:
+    augment(raw, AugmentConfig(), (224, 224), 3, np.full(32, 0.5))
+except BadImage as error:
+    print(error)
+print(peak() - before)
+"""
+
+
+def measured(raw: bytes) -> list[str]:
+    """Why an image is refused, if it is, and how much memory that took, in bytes: told by a process of its own."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("a process's peak of memory is asked of Linux")
+    told = subprocess.run([sys.executable, "-c", MEASURE], input=raw, capture_output=True, timeout=300)
+    assert told.returncode == 0, told.stderr
+    return told.stdout.decode().splitlines()
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_before_it_takes_memory(kind):
+    raw, says = BOMBS[kind]
+    assert len(raw) < 2**20
+    reason, taken = measured(raw)
+    assert says in reason
+    assert int(taken) < 2**27  # decoded, each takes twenty times that
+
+
+def test_the_largest_jpeg_takes_what_a_quarter_of_the_limit_does():
+    """Its header says 4 gigapixels: libjpeg makes an eighth of each side, and grey where there are no data."""
+    (taken,) = measured(jpeg_that_says(65_500, 65_500))
+    assert 65_500**2 / 64 < int(taken) < 4 * decode_module.MAX_PIXELS
+
+
+def test_scans_are_counted_as_libjpeg_finds_them():
+    progressive = encoded(photo(64, 64), "JPEG", progressive=True)
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 3 * 500) + b"\xff\xda\0" * 500
+    film = b"\xff\xda" * 500
+    usual = decode_module.scans(progressive)
+    assert usual == progressive.count(b"\xff\xda") == 10
+    assert decode_module.scans(progressive[:2] + thumbnail + progressive[2:] + film) == usual
+    assert whole(progressive[:2] + thumbnail + progressive[2:] + film).shape == (8, 8, 3)
+    for hidden in (b"\xff\xd0\xff\xff", b"\xff\x01\xff\xff", b"garbage", b"\xff\xff\xff"):  # no segments: no lengths
+        raw = jpeg_of_scans(5000)
+        with pytest.raises(BadImage, match="scans"):
+            whole(raw[:20] + hidden + raw[20:])  # behind JFIF's own segment
+
+
+def test_a_decode_that_takes_too_long_is_a_bad_image_and_leaves_no_alarm(monkeypatch):
+    raw = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)), "PNG")
+    assert len(raw) > 10 * 2**16  # so that Pillow comes back to Python between its pieces
+    before = signal.getsignal(signal.SIGALRM)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(decode_module, "MAX_SECONDS", 1e-3)
+        with pytest.raises(BadImage, match=r"takes more than 0.001 s to decode"):
+            whole(raw)
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert whole(raw).shape == (8, 8, 3)
+
+
+def test_the_alarm_of_somebody_else_still_comes(monkeypatch):
+    came = []
+    before = signal.signal(signal.SIGALRM, lambda *_: came.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1000)
+        whole(encoded(RED, "PNG"))
+        assert 0 < signal.setitimer(signal.ITIMER_REAL, 0)[0] <= 1000
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert came == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_formats_that_are_not_read_are_refused_and_no_program_is_run(monkeypatch):
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("a program was run")
+
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, run)
+    monkeypatch.setattr(os, "system", run)
+    Image.init()
+    tried = []
+    for kind in sorted(set(Image.SAVE) - set(decode_module.FORMATS)):
+        try:
+            raw = encoded(RED, kind)
+        except (OSError, ValueError, KeyError, AssertionError):  # that Pillow cannot write here
+            continue
+        if not raw.startswith(decode_module.JPEG):  # MPO is one with others behind it
+            tried.append(kind)
+            with pytest.raises(BadImage, match="not an image of a kind that is read"):
+                whole(raw)
+    assert {"EPS", "PPM", "TGA", "PCX", "ICO"} <= set(tried)

@@ -129,6 +129,42 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, 
     assert same(weights(run), weights(reference))
 
 
+@pytest.mark.parametrize(
+    ("number", "why", "times"),
+    [(signal.SIGKILL, "memory ran out", 2), pytest.param(signal.SIGSEGV, "a decoder crashed", 8, marks=SLOW),
+     pytest.param(signal.SIGKILL, "memory ran out", 20, marks=SLOW)],
+)  # fmt: skip
+def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on(
+    tiny, folder, tmp_path, number, why, times
+):
+    """At any moment, also while it hands a batch over."""
+    run, recipe = (
+        tmp_path / "run",
+        override(tiny, {"schedule.epochs": str(6 * times), "machine.checkpoint_every": "0.4"}),
+    )
+    args = command(override(recipe, {"machine.workers": "2"}), folder, run, tmp_path / "recipe.yaml")
+    for step in range(6, 6 + 20 * times, 20):
+        process = subprocess.Popen(
+            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wait_for_step(run, step, process)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        *others, line = errors.replace("\0", "").splitlines()  # torch's handler of a fault writes a line of its own
+        assert len(others) == (number == signal.SIGSEGV), errors
+        assert line.startswith(
+            f"openjepa: a process that makes batches was killed by signal {int(number)} ({number.name}): {why}"
+        )
+        assert line.endswith("the same command goes on")
+        assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+    assert "going on from step" in done.stdout
+    pretrain(recipe, str(folder), tmp_path / "undisturbed", QUIET)
+    assert same(weights(run), weights(tmp_path / "undisturbed"))
+
+
 def test_automatic_precision_is_settled_when_a_run_begins(tiny, folder, tmp_path, monkeypatch):
     run, auto = tmp_path / "run", override(tiny, {"precision": "auto"})
     for fast in (True, False):  # as if the second start came on another machine

@@ -73,7 +73,7 @@ def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTCo
         raise UserError(f"{where} has patches of {patch}x{across} pixels: only square ones are known here")
     if "cls_token" in state:
         raise UserError(f"{where} has a class token ('cls_token'): I-JEPA's encoders have none")
-    depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+    depth = blocks(state)
     known = [(name, values) for name, values in SIZES.items() if values[0] == width]
     heads = told.heads if told.heads is not None else (known[0][1][2] if known else None)
     if heads is None:
@@ -104,6 +104,11 @@ def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTCo
     )
 
 
+def blocks(state: Mapping[str, Tensor]) -> int:
+    """How many there are; one that is missing between others is missed by its name when they are loaded."""
+    return len({found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))})
+
+
 def mlp_ratio(width: int, hidden: int) -> float:
     """The known ratio that gives exactly this hidden width, else their quotient."""
     for ratio in sorted({values[3] for values in SIZES.values()}):
@@ -116,7 +121,7 @@ def predictor_config(state: Mapping[str, Tensor], where: str) -> PredictorConfig
     """The predictor's, from its state dict under this project's names; it has the encoder's heads."""
     try:
         width = state["embed.weight"].shape[0]
-        depth = 1 + max(int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name)))
+        depth = blocks(state)
     except (KeyError, ValueError) as error:
         raise UserError(f"{where} is not the predictor of an I-JEPA: {first_missing(error)}") from error
     return PredictorConfig(width=width, depth=depth)
@@ -210,6 +215,8 @@ def tensors(state: Mapping[Any, Any], where: str) -> State:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise UserError(f"{where} holds {name!r}, which is no tensor of weights")
+        if value.numel() > value.untyped_storage().nbytes() // value.element_size():  # a few bytes shown as many
+            raise UserError(f"{where}: {name} has {value.numel()} numbers, and the file holds fewer of them")
         if not value.is_floating_point():
             raise UserError(f"{where}: {name} has numbers of type {value.dtype}, not floating-point ones")
         if not torch.isfinite(value).all():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from openjepa.data.decode import DAMAGE, FORMATS, BadImage, refuse_pixels
 from openjepa.data.sources import EXTENSIONS, Folder, stamp, walk
 from openjepa.errors import UserError, first_line
 
@@ -41,11 +42,12 @@ class Annotated(Folder):
     def read_map(self, task: str, index: int) -> np.ndarray:
         file = answer_of(self.beside[task], self.files[index])
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
+                refuse_pixels(*image.size)
                 values = np.asarray(image)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (BadImage, *DAMAGE) as error:
             raise UserError(f"{file} cannot be read ({first_line(error)})") from error
-        with open(os.path.join(self.root, self.files[index]), "rb") as handle, Image.open(handle) as seen:
+        with Image.open(os.path.join(self.root, self.files[index]), formats=FORMATS) as seen:
             size = seen.size
         if values.ndim == 2 and sorted(values.shape) != sorted(size):  # sorted: some images are stored lying
             h, w = values.shape

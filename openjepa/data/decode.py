@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import signal
 import struct
 import threading
@@ -36,6 +37,8 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, a
 ORIENTATION = 0x0112
 JPEG_SPACES = {1: ("GRAY", ("YCbCr", "Gray")), 3: ("RGB", ("YCbCr", "RGB", "Gray"))}  # channels: asked for, of what
 JPEG = b"\xff\xd8"  # its first bytes
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff+[\x02-\xcf\xd8-\xfe]")  # of a segment, whose length follows
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -89,6 +92,8 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if image.format != "JPEG":  # which can decode smaller; to ask a PNG for its EXIF decodes it
+            refuse_pixels(*image.size)
         turned = image.getexif().get(ORIENTATION, 1)
         if turned not in range(2, 9) or image.format == "TIFF":  # Pillow turns TIFF itself
             turned = 1
@@ -99,8 +104,7 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
         if image.format == "JPEG" and turned == 1:  # let the DCT shrink it, to twice what is needed at least
             shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
             image.draft(None, (int(2 * width / shrink), int(2 * height / shrink)))
-        if image.size[0] * image.size[1] > MAX_PIXELS:
-            raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS // 10**6} million")
+        refuse_pixels(*image.size)
         image = ImageOps.exif_transpose(image) if turned != 1 else image
         x, y = image.size[0] / width, image.size[1] / height  # below 1 after a draft
         left, top, right, bottom = box[0] * x, box[1] * y, box[2] * x, box[3] * y
@@ -144,28 +148,39 @@ def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, i
     return F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def refuse_pixels(width: int, height: int) -> None:
+    """Raises BadImage for an image that would take more than MAX_PIXELS in memory."""
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS // 10**6} million")
+
+
 def refuse_scans(raw: bytes, pixels: int) -> None:
     """Raises BadImage for a JPEG of more scans than MAX_SCANS, or of several over more than MAX_PIXELS, all kept at once.
 
     A few bytes make a scan, and libjpeg passes over every pixel for each without coming back.
     """
-    place = 2
-    while raw[place : place + 1] == b"\xff" and raw[place + 1 : place + 2] not in (
-        b"\xda",
-        b"",
-    ):  # segments before them
-        place += 2 + max(2, int.from_bytes(raw[place + 2 : place + 4])) if raw[place + 1] != 0xFF else 1
-    scans = raw.count(b"\xff\xda", place)
-    if scans > MAX_SCANS:
-        raise BadImage(f"a JPEG of {scans} scans: more than {MAX_SCANS} are refused")
-    if scans > 1 and pixels > MAX_PIXELS:
-        raise BadImage(f"{pixels} pixels in {scans} scans are more than the limit of {MAX_PIXELS // 10**6} million")
+    allowed = 1 if pixels > MAX_PIXELS else MAX_SCANS
+    if (
+        raw.count(START_OF_SCAN) > allowed and (found := scans(raw)) > allowed
+    ):  # the count is quick, and never too small
+        raise BadImage(f"a JPEG of {found} scans: more than {allowed} over {pixels} pixels are refused")
+
+
+def scans(raw: bytes) -> int:
+    """How many a JPEG has, by its markers up to its end: thumbnails in its header and films behind it have their own."""
+    count, place = 0, len(JPEG)
+    while found := MARKER.search(raw, place):
+        if found[0].endswith(END_OF_IMAGE):
+            break
+        count += found[0].endswith(START_OF_SCAN)
+        place = found.end() + int.from_bytes(raw[found.end() : found.end() + 2])
+    return count
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Any Pillow mode to 8-bit L, RGB or RGBA."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         image = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         raise BadImage("floating-point pixels have no fixed range: convert it to 8 or 16 bits")

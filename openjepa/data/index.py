@@ -92,7 +92,7 @@ class Index:
     def name(self, index: int) -> str:
         begin = int(self.samples["name"][index])
         end = int(self.samples["name"][index + 1]) if index + 1 < len(self.samples) else len(self.names)
-        return bytes(self.names[begin:end]).decode(errors="backslashreplace").rstrip("\n")
+        return printable(bytes(self.names[begin:end]).decode(errors="backslashreplace").rstrip("\n"))
 
 
 def read_header(handle: Any) -> tuple[dict[str, Any], int]:

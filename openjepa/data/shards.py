@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from openjepa.data.decode import Raw
-from openjepa.data.index import About, Index, folder_of, open_index, read_about
+from openjepa.data.index import MOST_CLASSES, About, Index, folder_of, open_index, read_about
 from openjepa.data.sources import Source, expand_local, refuse_large
 from openjepa.data.store import about, ahead, is_remote, patiently, read_range
 from openjepa.data.tar import BLOCK, number
@@ -43,7 +43,8 @@ class Shards(Source):
             labels = index.labels[:, t]
             if labels.min() < 0:
                 continue
-            count = int(labels.max()) + 1
+            if (count := int(labels.max()) + 1) > MOST_CLASSES:
+                raise UserError(f"{index.file} is damaged: remove it, it is made anew")
             names = said.classes[task] if said else [str(i) for i in range(count)]
             if count > len(names):
                 raise UserError(
@@ -63,17 +64,21 @@ class Shards(Source):
         return len(self.index.samples)
 
     def read(self, index: int) -> bytes:
-        offset, size, shard, _ = self.index.samples[index].item()
+        offset, size, url = self._place(index)
         refuse_large(size)
-        if not (0 <= shard < len(self.urls) and size >= 0 and offset >= BLOCK):
-            raise UserError(f"{self.index.file} is damaged: remove it, it is made anew")
-        url = self.urls[shard]
         if is_remote(url):
             both = read_range(url, offset - BLOCK, offset + size)
             header, content = both[:BLOCK], both[BLOCK:]
             refuse_changed(header, size, url)
             return content
         return patiently(url, partial(self._read_local, url, offset, size))
+
+    def _place(self, index: int) -> tuple[int, int, str]:
+        """Where an image begins, its size in bytes, and in which shard."""
+        offset, size, shard, _ = self.index.samples[index].item()
+        if not (0 <= shard < len(self.urls) and size >= 0 and offset >= BLOCK):
+            raise UserError(f"{self.index.file} is damaged: remove it, it is made anew")
+        return offset, size, self.urls[shard]
 
     def _read_local(self, url: str, offset: int, size: int) -> bytes:
         try:
@@ -95,7 +100,7 @@ class Shards(Source):
         return [found()[1] for found in ahead(partial(about, url) for url in self.urls)]
 
     def name(self, index: int) -> str:
-        return f"{self.urls[int(self.index.samples['shard'][index])]}/{self.index.name(index)}"
+        return f"{self._place(index)[2]}/{self.index.name(index)}"
 
 
 class Opened:

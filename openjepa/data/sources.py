@@ -20,7 +20,7 @@ from types import MappingProxyType
 import numpy as np
 
 from openjepa.data.decode import MAX_BYTES, BadImage, Raw
-from openjepa.errors import UserError, printable
+from openjepa.errors import UserError, first_line, printable
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SPLIT = re.compile(r"train|test|validation|valid|val")  # what names of Parquet files begin with
@@ -104,7 +104,7 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
         from openjepa.data.torchvision import TorchvisionSource
 
         return TorchvisionSource(rest)
-    path = Path(spec).expanduser()
+    path, there = local_path(spec)
     if not path.is_dir() and spec.endswith(".tar"):
         from openjepa.data.shards import Shards
 
@@ -113,7 +113,7 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
         from openjepa.data.parquet import ParquetSource
 
         return ParquetSource.from_files(expand_local(spec))
-    if not path.exists():
+    if not there:
         hint = " (a SPEC is a folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME, torchvision:NAME or scenes)"
         raise UserError(f"data '{spec}': no such file or folder{hint}")
     if path.is_file():
@@ -140,6 +140,19 @@ def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:
             return Shards([str(file) for file in shards])
         raise UserError(f"data '{spec}': no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
     return Folder(path, images)
+
+
+def local_path(spec: str) -> tuple[Path, bool]:
+    """The path that a SPEC is, and whether there is something. Raises UserError for what can be none."""
+    try:
+        path = Path(spec).expanduser()
+        return path, path.exists()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # too long, with a zero byte, of an unknown user, closed to this one
+        raise UserError(f"data '{spec}': {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- a folder

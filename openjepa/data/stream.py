@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 
@@ -30,6 +31,7 @@ from openjepa.rng import Draws
 BAD_IN_A_ROW = 100
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
 STUCK_S = 1800  # seconds without a batch
+LOOK_S = 5  # between looks at whether the workers live
 CAUSES = {
     "SIGKILL": "memory ran out, most likely: lower machine.workers",
     "SIGBUS": "shared memory (/dev/shm) is full, or a file that is mapped into memory was cut short: lower machine.workers, "
@@ -236,35 +238,48 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
         collate_fn=_same,  # type: ignore[arg-type]
         pin_memory=pin,
         worker_init_fn=_ignore_signals,
-        timeout=STUCK_S if workers else 0,
+        timeout=LOOK_S if workers else 0,
     )
     others = set(multiprocessing.active_children())
     with _no_errors_from_signals():
         made = iter(loader)
     children = set(multiprocessing.active_children()) - others
     try:
-        while (batch := next(made, None)) is not None:
+        while (batch := next_of(made, children)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if cause := cause_of_death(children):
-            raise UserError(f"{cause}; the same command goes on") from error
-        if str(error).startswith("DataLoader timed out"):
-            raise UserError(f"no batch in {STUCK_S} s: reading hangs, of a disk or a network") from error
-        raise
     finally:
         del made  # ends them, unless an error's traceback holds it
         for worker in children:
             worker.kill()
 
 
+def next_of(made: Iterator[Batch | UserError], workers: Collection[BaseProcess]) -> Batch | UserError | None:
+    """The next that a loader makes, None at its end. Raises UserError where a worker has died, or nothing comes in STUCK_S."""
+    for _ in range(round(STUCK_S / LOOK_S)):
+        try:
+            return next(made, None)
+        except (RuntimeError, OSError, EOFError) as error:  # the latter: it died while it handed a batch over
+            late = str(error).startswith("DataLoader timed out")
+            if workers and not late:
+                dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], LOOK_S)
+                for worker in workers:
+                    if worker.sentinel in dying:
+                        worker.join(LOOK_S)  # now its status is known
+            if cause := cause_of_death(workers):
+                raise UserError(f"{cause}; the same command goes on") from error
+            if not late:
+                raise
+    raise UserError(f"no batch in {STUCK_S} s: reading hangs, of a disk or a network")
+
+
 def cause_of_death(workers: Iterable[BaseProcess]) -> str | None:
-    """What ended the first of some worker processes that has ended in error, None if none has."""
+    """What ended the first of some worker processes that has ended, which none does by itself; None if none has."""
     for worker in workers:
-        if (status := worker.exitcode) is None or status == 0:
+        if (status := worker.exitcode) is None:
             continue
-        if status > 0:
+        if status >= 0:
             return f"a process that makes batches ended with status {status}: what it wrote above says why"
         name = signal.Signals(-status).name
         why = CAUSES.get(name, "no image and no library is known to do this: please report it")

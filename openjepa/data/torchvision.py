@@ -19,7 +19,7 @@ class TorchvisionSource(Source):
         import torchvision.datasets as library
 
         name, _, split = rest.partition(":")
-        if not hasattr(library, name):
+        if name not in library.__all__:
             raise UserError(f"data 'torchvision:{rest}': no such data set{nearest(name, library.__all__)}")
         kind = getattr(library, name)
         which: dict[str, Any] = {"split": split or "train"}

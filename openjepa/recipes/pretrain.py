@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from openjepa.methods.method import Method
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.recipes.methods import METHODS, inputs
-from openjepa.recipes.recipe import Recipe, differences, from_dict, to_yaml
+from openjepa.recipes.recipe import Recipe, differences, from_dict, from_yaml, to_yaml
 from openjepa.recipes.replay import dump
 from openjepa.rng import key
 
@@ -174,11 +173,11 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
 def saved_recipe(run: Path) -> Recipe:
     """The recipe of a run. Raises UserError if there is none."""
     try:
-        return from_dict(Recipe, yaml.safe_load((run / "recipe.yaml").read_text()))
+        return from_dict(Recipe, from_yaml((run / "recipe.yaml").read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{run} is not a run: it has no recipe.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{run / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"{run / 'recipe.yaml'} is not YAML: {error}") from error
 
 
 def saved_data(run: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -93,6 +94,32 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
+class Loader(yaml.SafeLoader):
+    """Without aliases: a few lines of them stand for more values than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"an alias in line {mark.line + 1}, and recipes have none: write it out")
+        return super().compose_node(parent, index)
+
+
+def from_yaml(text: str) -> Any:
+    """Plain dictionaries, lists and values. Raises ValueError, in one line, for what is not YAML."""
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # the others: `!!int ""`, 2024-99-99
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None) -> T:
     """Plain dictionaries to a dataclass, over the values of `base`.
 
@@ -152,6 +179,12 @@ def all_keys(kind: type = Recipe, path: str = "") -> list[str]:
     return keys
 
 
+def shown(value: Any) -> str:
+    """A value as a message has it: not all of a long one."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def convert(hint: Any, value: Any, where: str) -> Any:
     """A YAML value as the annotated type. Raises UserError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -163,7 +196,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value in args:
             return value
         choices = ", ".join(repr(a) for a in args)
-        raise UserError(f"{where} is {value!r}: one of {choices}{nearest(str(value), [str(a) for a in args])}")
+        raise UserError(f"{where} is {shown(value)}: one of {choices}{nearest(str(value), [str(a) for a in args])}")
     if origin is tuple:
         size = None if args[-1] is Ellipsis else len(args)
         if isinstance(value, int | float) and where == "model.image_size":
@@ -171,9 +204,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if size is None and isinstance(value, int | float | str):  # a list of one
             value = [value]
         if not isinstance(value, list | tuple) or (size is not None and len(value) != size):
-            raise UserError(f"{where} is {value!r}: expected {'a list' if size is None else f'{size} numbers'}")
+            raise UserError(f"{where} is {shown(value)}: expected {'a list' if size is None else f'{size} numbers'}")
         kinds = args[:1] * len(value) if size is None else args
         return tuple(convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where} is {shown(value)}: expected a number of at most 64 bits")
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -183,7 +218,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} is {value}: expected a finite number")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where} is {value!r}: expected {'true or false' if hint is bool else hint.__name__}")
+    raise UserError(f"{where} is {shown(value)}: expected {'true or false' if hint is bool else hint.__name__}")
 
 
 def override(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
@@ -214,8 +249,8 @@ def parse(path: str, text: str) -> Any:
     """A value from the command line; a list may be written 1,2 or [1, 2]. Raises UserError."""
     try:
         listed = "," in text and not text.lstrip().startswith(("[", "{"))
-        return yaml.safe_load(f"[{text}]" if listed else text)
-    except yaml.YAMLError as error:
+        return from_yaml(f"[{text}]" if listed else text)
+    except ValueError as error:
         raise UserError(f"--{path} {text}: not a value") from error
 
 
