@@ -1,6 +1,7 @@
 """Claims about the comparison: the same images, encoder and time for all, looked at on the way, beside controls."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ SMALL = [
 def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "PACE_STEPS", 4)
     monkeypatch.setattr(bench, "POINTS", 2)
+    monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
     file, picture = tmp_path / "here.json", tmp_path / "compared.png"
     words = [
         "bench",
