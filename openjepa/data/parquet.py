@@ -80,7 +80,7 @@ def read_tables(files: list[str]) -> Any:
                 part.rename(copy)
             tables.append(pa.ipc.open_file(pa.memory_map(str(copy))).read_all())
         return pa.concat_tables(tables)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damage is an OSError without a number
+    except (pa.ArrowException, OSError, ValueError) as error:  # damage is an OSError without a number
         raise UserError(f"data '{files[0]}': {first_line(error)}") from error
 
 
