@@ -244,7 +244,7 @@ def change_json(file: Path, **values: object) -> None:
     [
         ("hf", lambda d: change_json(d / "config.json", layer_norm_eps=1e-3), "layer_norm_eps 0.001"),
         ("hf", lambda d: change_json(d / "config.json", hidden_act="relu"), "hidden_act 'relu'"),
-        ("hf", lambda d: change_json(d / "config.json", model_type="vit"), "type 'vit', not 'ijepa'"),
+        ("hf", lambda d: change_json(d / "config.json", model_type="vit"), "type 'vit', not 'ijepa' or 'vit_mae'"),
         ("hf", lambda d: change_json(d / "config.json", image_size="a"), "not what it looks like"),
         ("hf", lambda d: change_json(d / "config.json", num_attention_heads=0), "heads"),
         ("hf", lambda d: change_json(d / "config.json", num_hidden_layers=3), "says num_hidden_layers 3, and its weights have 2"),

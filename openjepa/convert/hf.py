@@ -1,15 +1,20 @@
-"""Hugging Face's `IJepaModel`, in and out: the encoder alone, with an image processor that does our preprocessing."""
+"""Hugging Face's `IJepaModel` and `ViTMAEForPreTraining`, in and out, with an image processor that does our preprocessing.
+
+Of I-JEPA the encoder alone; of MAE the decoder, too, where there is one (`ViTMAEModel` has none).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from openjepa.convert import mae
 from openjepa.convert.names import (
     NETWORK,
     Imported,
@@ -24,6 +29,7 @@ from openjepa.convert.names import (
 )
 from openjepa.errors import UserError, first_line, needs
 from openjepa.models.encoder import Encoder
+from openjepa.models.vit import ViTConfig
 
 # Ours to theirs, in the order of transformers 5 and 4; q, k and v are apart there.
 TOP = {
@@ -31,6 +37,8 @@ TOP = {
     "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
     "norm": ("layernorm",),
 }
+MAE = {"cls_token": ("embeddings.cls_token",)}
+DECODER = {name: (f"decoder.{name}",) for name in mae.DECODER if name != "decoder_blocks"}
 BLOCK = {
     "norm1": ("layernorm_before",),
     "norm2": ("layernorm_after",),
@@ -40,7 +48,8 @@ BLOCK = {
 }
 QKV = (("attention.q_proj", "attention.k_proj", "attention.v_proj"),
        ("attention.attention.query", "attention.attention.key", "attention.attention.value"))  # fmt: skip
-LAYERS = ("layers", "encoder.layer")
+LAYERS = {"blocks": ("layers", "encoder.layer"), "decoder_blocks": ("decoder.decoder_layers",)}
+BARE = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # have no .weight and .bias
 SAID = {"hidden_size": "dim", "num_hidden_layers": "n_blocks", "patch_size": "patch_size", "num_channels": "channels"}
 
 
@@ -56,40 +65,68 @@ def transformers() -> Any:
 def write(folder: Path, encoder: Encoder) -> None:
     """`AutoModel.from_pretrained(folder)` and `AutoImageProcessor.from_pretrained(folder)`. Raises UserError."""
     library, config = transformers(), encoder.vit.config
+    if config.class_token and encoder.network == "encoder":
+        mean, std = encoder.statistics()
+        return write_mae(folder, Imported(config, {"encoder": encoder.vit.state_dict()}, mean=mean, std=std))
     check_plain(config, "Hugging Face's IJepaModel")
-    height, width = config.image_size
-    hidden = encoder.vit.state_dict()["blocks.0.mlp.fc1.weight"].shape[0]
-    model = library.IJepaModel(
-        library.IJepaConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_blocks,
-            num_attention_heads=config.n_heads,
-            intermediate_size=hidden,
-            image_size=height if height == width else [height, width],
-            patch_size=config.patch_size,
-            num_channels=config.channels,
-            hidden_act="gelu",
-            layer_norm_eps=1e-6,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **{NETWORK: encoder.network},
-        ),
-        add_pooling_layer=False,
-    )
     state = with_positions(encoder.vit)
-    model.load_state_dict(to_theirs(state, model.state_dict()))
-    model.save_pretrained(folder)
-    processor(encoder).save_pretrained(folder)
+    about = library.IJepaConfig(**architecture(config, state), **{NETWORK: encoder.network})
+    model = library.IJepaModel(about, add_pooling_layer=False)
+    save(folder, model, to_theirs(state, model.state_dict()), processor(config, *encoder.statistics()))
 
 
-def processor(encoder: Encoder) -> Any:
+def write_mae(folder: Path, whole: Imported) -> None:
+    """`AutoModelForPreTraining.from_pretrained(folder)`, or AutoModel for the encoder alone. Raises UserError."""
+    library, config, state = transformers(), whole.model, mae.stored(whole)
+    if config.image_size[0] != config.image_size[1]:
+        raise UserError("Hugging Face's ViTMAE takes square images alone: export as timm, onnx or safetensors")
+    values = architecture(config, state)
+    if whole.mae:
+        values |= {
+            "decoder_hidden_size": whole.mae.decoder_width,
+            "decoder_num_hidden_layers": whole.mae.decoder_depth,
+            "decoder_num_attention_heads": whole.mae.decoder_heads,
+            "decoder_intermediate_size": 4 * whole.mae.decoder_width,
+            "norm_pix_loss": whole.mae.normalised,
+        }
+    about = library.ViTMAEConfig(**values, **{NETWORK: "encoder"})
+    model = library.ViTMAEForPreTraining(about) if whole.mae else library.ViTMAEModel(about)
+    theirs = {name.removeprefix("vit."): name for name in model.state_dict()}
+    named = to_theirs(state, theirs)
+    save(folder, model, {theirs[k]: v for k, v in named.items()}, processor(config, whole.mean, whole.std))
+
+
+def architecture(config: ViTConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What config.json says of an encoder. state: its weights."""
+    height, width = config.image_size
+    return {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_blocks,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
+        "image_size": height if height == width else [height, width],
+        "patch_size": config.patch_size,
+        "num_channels": config.channels,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def save(folder: Path, model: nn.Module, state: State, processor: Any) -> None:
+    model.load_state_dict(state)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    processor.save_pretrained(folder)
+
+
+def processor(config: ViTConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
     """Shorter side to the model's size, central square, [0, 1], normalised: what evaluation does here.
 
     A model that is not square gets a processor that resizes to its size without a crop, as the library has no other.
     """
-    (height, width), mean, std = encoder.vit.config.image_size, *encoder.statistics()
-    bilinear, library = 2, transformers()
-    rgb = encoder.vit.config.channels == 3
+    (height, width), bilinear, library = config.image_size, 2, transformers()
+    rgb = config.channels == 3
     common = {"image_mean": list(mean), "image_std": list(std), "resample": bilinear, "do_convert_rgb": rgb}
     if height == width:
         side = {"height": height, "width": width}
@@ -114,51 +151,86 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, 
 
     Raises UserError for what computes something else than an I-JEPA's encoder, and for weights that are missing or extra.
     """
-    computes = {"layer_norm_eps": 1e-6, "hidden_act": "gelu", "qkv_bias": True}
-    prepares = {"do_rescale": True, "rescale_factor": 1 / 255}
+    told = understood(config, processor, told, where)
+    own = to_ours(without_prefix(state, "ijepa.", where), TOP, ("blocks",), where)
+    vit, own = encoder_alone(own, told, where)
+    agrees(config, vit, SAID, where)
+    return Imported(vit, {config.get(NETWORK, "target_encoder"): own}, **statistics(processor, vit.channels, where))
+
+
+def read_mae(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, told: Told, where: str) -> Imported:
+    """A `ViTMAEModel` or `ViTMAEForPreTraining` as above. Raises UserError."""
+    told = understood(
+        config, processor, told, where, eps=(1e-6, 1e-12)
+    )  # trained with the one, published here with the other
+    told = replace(told, decoder_heads=config["decoder_num_attention_heads"])
+    whole = any(name.startswith("decoder.") for name in state)
+    stems, layers = (TOP | MAE | DECODER, tuple(LAYERS)) if whole else (TOP | MAE, ("blocks",))
+    own = to_ours(without_prefix(state, "vit.", where), stems, layers, where)
+    given = statistics(processor, config["num_channels"], where)
+    found = mae.read_state(own, told, where, bool(config.get("norm_pix_loss", False)), **given)
+    agrees(config, found.model, SAID, where)
+    if found.mae and config["decoder_num_hidden_layers"] != found.mae.decoder_depth:
+        raise UserError(
+            f"{where} says decoder_num_hidden_layers {config['decoder_num_hidden_layers']}, and its weights have "
+            f"{found.mae.decoder_depth}: is it whole?"
+        )
+    return found
+
+
+def understood(config: Mapping[str, Any], processor: Mapping[str, Any], told: Told, where: str,
+               eps: tuple[float, ...] = (1e-6,)) -> Told:  # fmt: skip
+    """Heads and image size as config.json says them. Raises UserError for what computes or prepares images otherwise."""
+    computes = {"layer_norm_eps": eps, "hidden_act": ("gelu",), "qkv_bias": (True,)}
+    prepares = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
     for said, expectations in ((config, computes), (processor, prepares)):
         for name, expected in expectations.items():
-            if said.get(name, expected) != expected:
-                raise UserError(f"{where} has {name} {said[name]!r}: {expected!r} is what is done here")
+            if said.get(name, expected[0]) not in expected:
+                raise UserError(f"{where} has {name} {said[name]!r}: {expected[0]!r} is what is done here")
     size, heads = config["image_size"], config["num_attention_heads"]
     if told.heads not in (None, heads):
         raise UserError(f"{where} says that it has {heads} heads, not {told.heads}")
     known = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    own = to_ours(without_prefix(state, "ijepa.", where), where)
-    vit, own = encoder_alone(own, Told(heads=heads, image_size=told.image_size or known), where)
-    agrees(config, vit, SAID, where)
+    return Told(heads=heads, image_size=told.image_size or known)
+
+
+def statistics(processor: Mapping[str, Any], channels: int, where: str) -> dict[str, tuple[float, ...]]:
+    """The mean and std that a processor normalises images with."""
     if processor.get("do_normalize", True):
-        mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), vit.channels, where)
+        mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), channels, where)
     else:
-        mean, std = (0.0,) * vit.channels, (1.0,) * vit.channels
-    return Imported(vit, {config.get(NETWORK, "target_encoder"): own}, mean=mean, std=std)
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    return {"mean": mean, "std": std}
 
 
-def to_theirs(state: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> State:
-    """Our state dict (with `pos_embed`) under the names that this version of the library uses."""
+def to_theirs(state: Mapping[str, Tensor], theirs: Container[str]) -> State:
+    """Our encoder's state dict with `pos_embed`, or a MAE's as the release has it, under the names that this version of the library uses."""
 
     def pick(*names: str) -> str:
         return next(name for name in names if name in theirs)
 
     out: State = {}
     for name, value in state.items():
-        if not name.startswith("blocks."):
-            stem, ending = (name, "") if name == "pos_embed" else split(name)
-            out[pick(*(t + ending for t in TOP[stem]))] = value
+        if name.partition(".")[0] not in LAYERS:
+            stem, ending = (name, "") if name in BARE else split(name)
+            out[pick(*(t + ending for t in (TOP | MAE | DECODER)[stem]))] = value
             continue
-        _, number, rest = name.split(".", 2)
+        kind, number, rest = name.split(".", 2)
         stem, ending = split(rest)
         if stem == "attn.qkv":
             for part, tensor in enumerate(value.chunk(3)):
-                names = (f"{layers}.{number}.{qkv[part]}{ending}" for layers in LAYERS for qkv in QKV)
+                names = (f"{layers}.{number}.{qkv[part]}{ending}" for layers in LAYERS[kind] for qkv in QKV)
                 out[pick(*names)] = tensor.clone()
         else:
-            out[pick(*(f"{layers}.{number}.{t}{ending}" for layers in LAYERS for t in BLOCK[stem]))] = value
+            out[pick(*(f"{layers}.{number}.{t}{ending}" for layers in LAYERS[kind] for t in BLOCK[stem]))] = value
     return out
 
 
-def to_ours(state: Mapping[str, Tensor], where: str) -> State:
-    """Their state dict under our names, q, k and v joined. Raises UserError naming what is left over."""
+def to_ours(state: Mapping[str, Tensor], top: Mapping[str, tuple[str, ...]], kinds: Sequence[str], where: str) -> State:
+    """Their state dict under our names (a MAE's under the release's), q, k and v joined.
+
+    top: what is there beside the blocks; kinds: of blocks. Raises UserError naming what is left over.
+    """
     left = dict(state)
 
     def take(*names: str) -> Tensor:
@@ -168,20 +240,20 @@ def to_ours(state: Mapping[str, Tensor], where: str) -> State:
         raise UserError(f"{where} has no '{names[0]}'")
 
     out: State = {}
-    for stem, names in TOP.items():
-        for ending in ("",) if stem == "pos_embed" else (".weight", ".bias"):
+    for stem, names in top.items():
+        for ending in ("",) if stem in BARE else (".weight", ".bias"):
             out[stem + ending] = take(*(t + ending for t in names))
-    numbers = {
-        int(n.removeprefix(layers + ".").split(".")[0]) for layers in LAYERS for n in left if n.startswith(layers)
-    }
-    for number in sorted(numbers):
-        for ending in (".weight", ".bias"):
-            for ours, theirs in BLOCK.items():
-                out[f"blocks.{number}.{ours}{ending}"] = take(
-                    *(f"{a}.{number}.{t}{ending}" for a in LAYERS for t in theirs)
-                )
-            parts = [take(*(f"{a}.{number}.{qkv[i]}{ending}" for a in LAYERS for qkv in QKV)) for i in range(3)]
-            out[f"blocks.{number}.attn.qkv{ending}"] = torch.cat(parts)
+    for kind in kinds:
+        stacks = LAYERS[kind]
+        for number in sorted(
+            {int(n.removeprefix(f"{a}.").split(".")[0]) for a in stacks for n in left if n.startswith(f"{a}.")}
+        ):
+            for ending in (".weight", ".bias"):
+                for ours, theirs in BLOCK.items():
+                    names = tuple(f"{a}.{number}.{t}{ending}" for a in stacks for t in theirs)
+                    out[f"{kind}.{number}.{ours}{ending}"] = take(*names)
+                parts = [take(*(f"{a}.{number}.{qkv[i]}{ending}" for a in stacks for qkv in QKV)) for i in range(3)]
+                out[f"{kind}.{number}.attn.qkv{ending}"] = torch.cat(parts)
     if left:
         raise UserError(f"{where} has unknown {', '.join(sorted(left)[:3])}")
     return out

@@ -79,12 +79,11 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
         for network in NETWORKS
     }
     model = encoder_config(raw["target_encoder"], told, f"{where}'s target_encoder")
+    if model.class_token:
+        raise UserError(f"{where} has a class token ('cls_token'): the encoders of this layout have none")
     own: dict[str, State] = {}
     for network, state in raw.items():
-        positions = POSITIONS[network]
-        if positions not in state:
-            raise UserError(f"{where}'s {network} has no '{positions}'")
-        state = without_positions(state, positions, model.grid, f"{where}'s {network}")
+        state = without_positions(state, POSITIONS[network], model.grid, f"{where}'s {network}")
         own[network] = without_prefix(state, PREFIXES[network], f"{where}'s {network}")
     predictor = predictor_config(own["predictor"], f"{where}'s predictor")
     for network, expected in shapes(model, predictor).items():
