@@ -28,6 +28,7 @@ from openjepa.convert.names import (
     without_prefix,
 )
 from openjepa.errors import UserError, first_line, needs
+from openjepa.methods.mae import MAEConfig
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViTConfig
 
@@ -65,35 +66,41 @@ def transformers() -> Any:
 def write(folder: Path, encoder: Encoder) -> None:
     """`AutoModel.from_pretrained(folder)` and `AutoImageProcessor.from_pretrained(folder)`. Raises UserError."""
     library, config = transformers(), encoder.vit.config
+    state, (mean, std) = with_positions(encoder.vit), encoder.statistics()
     if config.class_token and encoder.network == "encoder":
-        mean, std = encoder.statistics()
-        return write_mae(folder, Imported(config, {"encoder": encoder.vit.state_dict()}, mean=mean, std=std))
+        write_vit_mae(folder, config, None, state, mean, std)
+        return
     check_plain(config, "Hugging Face's IJepaModel")
-    state = with_positions(encoder.vit)
     about = library.IJepaConfig(**architecture(config, state), **{NETWORK: encoder.network})
     model = library.IJepaModel(about, add_pooling_layer=False)
-    save(folder, model, to_theirs(state, model.state_dict()), processor(config, *encoder.statistics()))
+    save(folder, model, to_theirs(state, model.state_dict()), processor(config, mean, std))
 
 
 def write_mae(folder: Path, whole: Imported) -> None:
     """`AutoModelForPreTraining.from_pretrained(folder)`, or AutoModel for the encoder alone. Raises UserError."""
-    library, config, state = transformers(), whole.model, mae.stored(whole)
+    write_vit_mae(folder, whole.model, whole.mae, mae.stored(whole), whole.mean, whole.std)
+
+
+def write_vit_mae(folder: Path, config: ViTConfig, decoder: MAEConfig | None, state: State, mean: tuple[float, ...],
+                  std: tuple[float, ...]) -> None:  # fmt: skip
+    """A `ViTMAEForPreTraining`, or a `ViTMAEModel` where there is no decoder. state: as the release has it."""
+    library, values = transformers(), architecture(config, state)
+    check_plain(config, "Hugging Face's ViTMAE", class_token=True)
     if config.image_size[0] != config.image_size[1]:
         raise UserError("Hugging Face's ViTMAE takes square images alone: export as timm, onnx or safetensors")
-    values = architecture(config, state)
-    if whole.mae:
+    if decoder:
         values |= {
-            "decoder_hidden_size": whole.mae.decoder_width,
-            "decoder_num_hidden_layers": whole.mae.decoder_depth,
-            "decoder_num_attention_heads": whole.mae.decoder_heads,
-            "decoder_intermediate_size": 4 * whole.mae.decoder_width,
-            "norm_pix_loss": whole.mae.normalised,
+            "decoder_hidden_size": decoder.decoder_width,
+            "decoder_num_hidden_layers": decoder.decoder_depth,
+            "decoder_num_attention_heads": decoder.decoder_heads,
+            "decoder_intermediate_size": 4 * decoder.decoder_width,
+            "norm_pix_loss": decoder.normalised,
         }
     about = library.ViTMAEConfig(**values, **{NETWORK: "encoder"})
-    model = library.ViTMAEForPreTraining(about) if whole.mae else library.ViTMAEModel(about)
+    model = library.ViTMAEForPreTraining(about) if decoder else library.ViTMAEModel(about)
     theirs = {name.removeprefix("vit."): name for name in model.state_dict()}
-    named = to_theirs(state, theirs)
-    save(folder, model, {theirs[k]: v for k, v in named.items()}, processor(config, whole.mean, whole.std))
+    named = {theirs[name]: value for name, value in to_theirs(state, theirs).items()}
+    save(folder, model, named, processor(config, mean, std))
 
 
 def architecture(config: ViTConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,20 +162,20 @@ def read(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, 
     own = to_ours(without_prefix(state, "ijepa.", where), TOP, ("blocks",), where)
     vit, own = encoder_alone(own, told, where)
     agrees(config, vit, SAID, where)
-    return Imported(vit, {config.get(NETWORK, "target_encoder"): own}, **statistics(processor, vit.channels, where))
+    mean, std = statistics(processor, vit.channels, where)
+    return Imported(vit, {config.get(NETWORK, "target_encoder"): own}, mean=mean, std=std)
 
 
 def read_mae(config: Mapping[str, Any], processor: Mapping[str, Any], state: State, told: Told, where: str) -> Imported:
     """A `ViTMAEModel` or `ViTMAEForPreTraining` as above. Raises UserError."""
-    told = understood(
-        config, processor, told, where, eps=(1e-6, 1e-12)
-    )  # trained with the one, published here with the other
+    eps = (1e-6, 1e-12)  # what they were trained with, and what the library's own files say
+    told = understood(config, processor, told, where, eps)
     told = replace(told, decoder_heads=config["decoder_num_attention_heads"])
     whole = any(name.startswith("decoder.") for name in state)
     stems, layers = (TOP | MAE | DECODER, tuple(LAYERS)) if whole else (TOP | MAE, ("blocks",))
     own = to_ours(without_prefix(state, "vit.", where), stems, layers, where)
-    given = statistics(processor, config["num_channels"], where)
-    found = mae.read_state(own, told, where, bool(config.get("norm_pix_loss", False)), **given)
+    mean, std = statistics(processor, config["num_channels"], where)
+    found = mae.read_state(own, told, where, bool(config.get("norm_pix_loss", False)), mean, std)
     agrees(config, found.model, SAID, where)
     if found.mae and config["decoder_num_hidden_layers"] != found.mae.decoder_depth:
         raise UserError(
@@ -194,17 +201,15 @@ def understood(config: Mapping[str, Any], processor: Mapping[str, Any], told: To
     return Told(heads=heads, image_size=told.image_size or known)
 
 
-def statistics(processor: Mapping[str, Any], channels: int, where: str) -> dict[str, tuple[float, ...]]:
-    """The mean and std that a processor normalises images with."""
+def statistics(processor: Mapping[str, Any], channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation that a processor normalises images with."""
     if processor.get("do_normalize", True):
-        mean, std = given_statistics(processor.get("image_mean"), processor.get("image_std"), channels, where)
-    else:
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    return {"mean": mean, "std": std}
+        return given_statistics(processor.get("image_mean"), processor.get("image_std"), channels, where)
+    return (0.0,) * channels, (1.0,) * channels
 
 
 def to_theirs(state: Mapping[str, Tensor], theirs: Container[str]) -> State:
-    """Our encoder's state dict with `pos_embed`, or a MAE's as the release has it, under the names that this version of the library uses."""
+    """Our state dict (with `pos_embed`; a MAE's under the release's names) under those that this version of the library uses."""
 
     def pick(*names: str) -> str:
         return next(name for name in names if name in theirs)
@@ -245,9 +250,8 @@ def to_ours(state: Mapping[str, Tensor], top: Mapping[str, tuple[str, ...]], kin
             out[stem + ending] = take(*(t + ending for t in names))
     for kind in kinds:
         stacks = LAYERS[kind]
-        for number in sorted(
-            {int(n.removeprefix(f"{a}.").split(".")[0]) for a in stacks for n in left if n.startswith(f"{a}.")}
-        ):
+        depth = {int(n.removeprefix(f"{a}.").split(".")[0]) for a in stacks for n in left if n.startswith(f"{a}.")}
+        for number in sorted(depth):
             for ending in (".weight", ".bias"):
                 for ours, theirs in BLOCK.items():
                     names = tuple(f"{a}.{number}.{t}{ending}" for a in stacks for t in theirs)

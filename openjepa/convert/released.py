@@ -7,6 +7,7 @@ A pickle of `encoder`, `predictor`, `target_encoder` (parameters under `module.`
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import warnings
@@ -47,7 +48,7 @@ KNOWN = (*NETWORKS, *HEADER, "opt", "scaler", "mean", "std")
 def read_pickle(file: Path) -> Any:
     """What a pickle holds, if it is tensors and plain values alone. Raises UserError; nothing in it is ever run."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )  # mapped, not read

@@ -114,10 +114,10 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     if alone:
         encoders = ("encoder", *(slow for slow, fast in method.follows.items() if fast == "encoder"))
         weights = dict.fromkeys(encoders, *weights.values())
-    for network, state in weights.items():
+    for network, own in weights.items():
         if not hasattr(method, network):
             raise UserError(f"{source} holds a {network}, which {recipe.method} has no place for")
-        load_strict(getattr(method, network), state, f"{source}'s {network}")
+        load_strict(getattr(method, network), own, f"{source}'s {network}")
     optimizer = build_optimizer(method, recipe.optim)
     anew = [name for name, _ in checkpoint.learning(method) if name.partition(".")[0] not in weights]
     if alone:
