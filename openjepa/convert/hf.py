@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from openjepa.convert import mae
 from openjepa.convert.names import (
@@ -49,7 +50,10 @@ BLOCK = {
 }
 QKV = (("attention.q_proj", "attention.k_proj", "attention.v_proj"),
        ("attention.attention.query", "attention.attention.key", "attention.attention.value"))  # fmt: skip
-LAYERS = {"blocks": ("layers", "encoder.layer"), "decoder_blocks": ("decoder.decoder_layers",)}
+LAYERS = {
+    "blocks": ("layers", "encoder.layer"),
+    "decoder_blocks": ("decoder.decoder_encoder.layer", "decoder.decoder_layers"),
+}
 BARE = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # have no .weight and .bias
 SAID = {"hidden_size": "dim", "num_hidden_layers": "n_blocks", "patch_size": "patch_size", "num_channels": "channels"}
 
@@ -73,7 +77,9 @@ def write(folder: Path, encoder: Encoder) -> None:
     check_plain(config, "Hugging Face's IJepaModel")
     about = library.IJepaConfig(**architecture(config, state), **{NETWORK: encoder.network})
     model = library.IJepaModel(about, add_pooling_layer=False)
-    save(folder, model, to_theirs(state, model.state_dict()), processor(config, mean, std))
+    model.load_state_dict(to_theirs(state, model.state_dict()))
+    model.save_pretrained(folder)
+    processor(config, mean, std).save_pretrained(folder)
 
 
 def write_mae(folder: Path, whole: Imported) -> None:
@@ -96,11 +102,13 @@ def write_vit_mae(folder: Path, config: ViTConfig, decoder: MAEConfig | None, st
             "decoder_intermediate_size": 4 * decoder.decoder_width,
             "norm_pix_loss": decoder.normalised,
         }
-    about = library.ViTMAEConfig(**values, **{NETWORK: "encoder"})
-    model = library.ViTMAEForPreTraining(about) if decoder else library.ViTMAEModel(about)
-    theirs = {name.removeprefix("vit."): name for name in model.state_dict()}
-    named = {theirs[name]: value for name, value in to_theirs(state, theirs).items()}
-    save(folder, model, named, processor(config, mean, std))
+    kind, prefix = ("ViTMAEForPreTraining", "vit.") if decoder else ("ViTMAEModel", "")
+    library.ViTMAEConfig(**values, architectures=[kind], **{NETWORK: "encoder"}).save_pretrained(folder)
+    named = {k if k.startswith("decoder.") else prefix + k: v.contiguous() for k, v in to_theirs(state).items()}
+    save_file(
+        named, folder / "model.safetensors", {"format": "pt"}
+    )  # version 5 would save decoders under names of its own
+    processor(config, mean, std).save_pretrained(folder)
 
 
 def architecture(config: ViTConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -119,12 +127,6 @@ def architecture(config: ViTConfig, state: Mapping[str, Tensor]) -> dict[str, An
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
-
-
-def save(folder: Path, model: nn.Module, state: State, processor: Any) -> None:
-    model.load_state_dict(state)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    processor.save_pretrained(folder)
 
 
 def processor(config: ViTConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
@@ -208,11 +210,14 @@ def statistics(processor: Mapping[str, Any], channels: int, where: str) -> tuple
     return (0.0,) * channels, (1.0,) * channels
 
 
-def to_theirs(state: Mapping[str, Tensor], theirs: Container[str]) -> State:
-    """Our state dict (with `pos_embed`; a MAE's under the release's names) under those that this version of the library uses."""
+def to_theirs(state: Mapping[str, Tensor], theirs: Container[str] | None = None) -> State:
+    """Our state dict (with `pos_embed`; a MAE's under the release's names) under theirs.
+
+    theirs: what this version of the library uses; without, it is the oldest names, which every version reads.
+    """
 
     def pick(*names: str) -> str:
-        return next(name for name in names if name in theirs)
+        return names[-1] if theirs is None else next(name for name in names if name in theirs)
 
     out: State = {}
     for name, value in state.items():
