@@ -303,8 +303,7 @@ def parser() -> argparse.ArgumentParser:
         "import",
         help="make a run of weights from elsewhere",
         epilog="The shapes say the architecture; --model.heads N, --model.image_size H,W and --mae.decoder_heads N say what they "
-        "cannot. Any other "
-        "value of the recipe is what training goes on with.",
+        "cannot. Any other value of the recipe is what training goes on with.",
     )
     p.add_argument(
         "source", metavar="FILE", help="released *.pth.tar or *.pth, Hugging Face or timm folder or file, or hf:NAME"

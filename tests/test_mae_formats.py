@@ -438,6 +438,6 @@ def test_commands_say_what_shapes_cannot(run, tmp_path, monkeypatch, capsys):
 
 def test_a_decoder_is_not_dropped_by_a_recipe_that_has_none(run, tiny, tmp_path):
     export(str(run), "released", tmp_path / "out")
-    base = replace(tiny, model=MODEL, masking=saved_recipe(run).masking)
+    base = replace(tiny, model=MODEL, predictor=replace(tiny.predictor, width=24), masking=saved_recipe(run).masking)
     with pytest.raises(UserError, match="holds a decoder, which ijepa has no place for"):
         imported(tmp_path / "out", tmp_path / "x", base, TOLD)

@@ -175,9 +175,9 @@ def export(source: str, form: str, out: Path, network: str | None = None,
     """Write one network of a run (or of anything that `load` takes) in another format, into an empty or new folder.
 
     form: hf (of MAE with its decoder), timm, onnx, safetensors, or released (of I-JEPA all three networks and the optimiser,
-    of MAE both). network: target_encoder (the
-    default), encoder or predictor. image_size: height and width in pixels, where other than the run's; the positions are
-    interpolated once and stored. Returns the line of Python that loads it. Raises UserError; `out` is then not made.
+    of MAE both). network: target_encoder (the default), encoder or predictor. image_size: height and width in pixels, where
+    other than the run's; the positions are interpolated once and stored. Returns the line of Python that loads it. Raises
+    UserError; `out` is then not made.
     """
     if form not in formats.FORMATS:
         raise UserError(f"unknown format '{form}': one of {', '.join(formats.FORMATS)}{nearest(form, formats.FORMATS)}")
