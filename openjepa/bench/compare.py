@@ -115,7 +115,8 @@ class Jury:
         classes = len(task.classes)
         near = knn_predict(bank[:, -1], labels, queries[:, -1], classes, (K,), device=self.device)
         train, test = (Features(x.numpy(), np.arange(len(x))) for x in (bank, queries))
-        linear = Probe(PROBE, train, labels, classes, self.device).run(test).predictions
+        probe = PROBE if bank.shape[1] > 1 else replace(PROBE, features=("last",))  # pixels have one layer
+        linear = Probe(probe, train, labels, classes, self.device).run(test).predictions
         return {
             "knn": float((next(iter(near.values())) == expected).float().mean()),
             "linear": float((linear == expected).float().mean()),

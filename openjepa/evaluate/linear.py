@@ -363,6 +363,8 @@ class Probe:
     def run(self, test: Features) -> LinearResult:
         """Choose a head without the test set, then predict the test set with it."""
         heads = [h for h in self.config.heads if h.features == "last" or self.train.values.shape[1] > 1]
+        if not heads:
+            raise UserError("linear.features 'concat4' needs several layers, and there is one: use 'last'")
         chosen, sweep, refit = heads[0], [], True
         if len(heads) > 1:
             fitting, validation = split(len(self.train), self.config.validation, self.seed)

@@ -6,7 +6,7 @@ B sequences, N tokens each, D channels; `Ragged` holds sequences of different le
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -250,8 +250,17 @@ def recompute_blocks(how: Recompute, *stacks: Iterable[nn.Module]) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+
+    def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(
+            *args: Any, **kwargs: Any
+        ) -> Tensor:  # a frame that torch.compile looks into, as it does not into checkpoint itself
+            return checkpoint(forward, *args, **options, **kwargs)
+
+        return call
+
     for block in chain(*stacks):
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = recomputed(block.forward)
 
 
 @torch.no_grad()

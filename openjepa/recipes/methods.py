@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -27,10 +27,12 @@ class Family:
     """What the rest of the code knows of a method."""
 
     kind: type[Method]
-    parts: tuple[str, ...]  # of a recipe that it alone reads, or shares with some
+    parts: tuple[str, ...]  # of a recipe that it reads and some other method does not
     build: Callable[[Recipe], Method]
     views: Callable[[Recipe], Views]
-    check: Callable[[Recipe], None]  # raises UserError for values that do not go together
+    check: Callable[[Recipe], None] = lambda recipe: None  # raises UserError for values that do not go together
+    class_token: bool = False  # that its encoder has unless told otherwise
+    begins: Mapping[str, Any] = field(default_factory=dict)  # parts of other values than the recipe's own
 
 
 def one_view(recipe: Recipe) -> Views:
@@ -101,17 +103,34 @@ METHODS = {
     "ijepa": Family(
         IJEPA, ("predictor", "loss", "masking"), lambda r: IJEPA(r.model, r.predictor, r.loss), one_view, check_ijepa
     ),
-    "mae": Family(MAE, ("mae", "masking"), lambda r: MAE(r.model, r.mae), one_view, check_mae),
-    "ibot": Family(IBOT, ("ibot", "crops", "token_masking"), lambda r: IBOT(r.model, r.ibot), many_views, check_ibot),
+    "mae": Family(
+        MAE,
+        ("mae", "masking"),
+        lambda r: MAE(r.model, r.mae),
+        one_view,
+        check_mae,
+        class_token=True,
+        begins={"masking": masking.MaskingConfig(strategy="random", hidden=0.75, min_keep=1)},
+    ),
+    "ibot": Family(
+        IBOT,
+        ("ibot", "crops", "token_masking"),
+        lambda r: IBOT(r.model, r.ibot),
+        many_views,
+        check_ibot,
+        class_token=True,
+    ),
 }
-PARTS = {part for family in METHODS.values() for part in family.parts}
+
+
+def parts() -> set[str]:
+    """Those parts of a recipe that not every method reads."""
+    return {part for family in METHODS.values() for part in family.parts}
 
 
 def starting(recipe: Recipe, name: str) -> Recipe:
     """A recipe of another method: what all share stays, what is the method's own begins at its defaults."""
-    kind = type(recipe)
-    values = {part: getattr(recipe, part) for part in recipe.__dataclass_fields__ if part not in (*PARTS, "method")}
-    values["model"] = replace(values["model"], class_token=name != "ijepa")
-    if name == "mae":
-        values["masking"] = masking.MaskingConfig(strategy="random", hidden=0.75, min_keep=1)
-    return kind(method=name, **values)  # type: ignore[arg-type]
+    shared = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__ if f not in (*parts(), "method")}
+    family = METHODS[name]
+    shared["model"] = replace(recipe.model, class_token=family.class_token)
+    return type(recipe)(method=name, **shared, **family.begins)

@@ -27,7 +27,7 @@ from openjepa.methods.ijepa import LossConfig
 from openjepa.methods.mae import MAEConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
-from openjepa.recipes.methods import METHODS, PARTS, starting
+from openjepa.recipes.methods import METHODS, parts, starting
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ CHANGES_NO_RESULT = ("monitors", "machine")  # may differ when a run goes on
 class Recipe:
     """One part for each place that reads it."""
 
-    method: Literal["ijepa", "mae", "ibot"] = "ijepa"
+    method: str = "ijepa"  # or mae, ibot: see recipes/methods.py
     seed: int = 0
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
@@ -69,11 +69,15 @@ class Recipe:
             raise UserError(
                 f"data.mean has {len(self.data.mean)} numbers and model.channels is {self.model.channels}: give one a channel"
             )
+        if self.method not in METHODS:
+            raise UserError(
+                f"method '{self.method}' is unknown: one of {', '.join(METHODS)}{nearest(self.method, METHODS)}"
+            )
         METHODS[self.method].check(self)
 
     def others(self) -> set[str]:
         """The parts that belong to other methods."""
-        return PARTS - set(METHODS[self.method].parts)
+        return parts() - set(METHODS[self.method].parts)
 
 
 # ---------------------------------------------------------------- in and out

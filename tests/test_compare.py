@@ -1,0 +1,93 @@
+"""Claims about the comparison: the same images, encoder and time for all, looked at on the way, beside controls."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from openjepa.bench import compare as bench
+from openjepa.bench.compare import contestants, seconds_of
+from openjepa.errors import UserError
+from tests.helpers import command, refused
+
+SMALL = [
+    *("--model.depth", "2", "--model.width", "48", "--data.batch_size", "16"),
+]
+
+
+def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "PACE_STEPS", 4)
+    monkeypatch.setattr(bench, "POINTS", 2)
+    monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
+    file, picture = tmp_path / "here.json", tmp_path / "compared.png"
+    words = [
+        "bench",
+        "compare",
+        "--data",
+        "scenes:200",
+        "--budget",
+        "1s",
+        "--out",
+        str(file),
+        "--plot",
+        str(picture),
+        *SMALL,
+    ]
+    status, *_ = command(monkeypatch, capsys, *words)
+    assert status == 0
+    assert picture.stat().st_size > 10_000
+    (record,) = json.loads(file.read_text()).values()
+    rows = record["rows"]
+    assert record["command"].startswith("openjepa bench compare --data scenes:200 --budget 1s")
+    for name in ("ijepa", "mae", "ibot"):
+        looks = [row for row in rows if row["who"] == name]
+        assert len(looks) == 2
+        first, last = looks
+        assert 0 < first["seconds"] < last["seconds"]
+        assert last["step"] == 2 * first["step"]
+        assert last["images"] == 16 * last["step"]
+        (begun,) = (row for row in rows if row["who"] == f"{name}, random weights")
+        assert begun["step"] == 0
+    assert rows[-1]["who"] == "raw pixels"
+    assert all(0 < row[metric] < 1 for row in rows for metric in ("knn", "linear"))
+
+
+def test_ablations_are_contestants_like_others():
+    plain, pixels = contestants(["ijepa", "ijepa:loss.target=pixels:masking.targets=2"], {"model.depth": "1"})
+    assert plain.recipe.loss.target == "encoder"
+    assert (pixels.recipe.loss.target, pixels.recipe.masking.targets) == ("pixels", 2)
+    assert pixels.recipe.model == plain.recipe.model
+
+
+def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
+    (ibot,) = contestants(["ibot"], {})
+    made = bench.stretched(ibot.recipe, 1000, 100, 200)  # 10 epochs instead of 4
+    assert made.schedule.epochs == 10
+    assert made.schedule.warmup_epochs == pytest.approx(1.25)
+    assert made.ibot.temperature_epochs == 5
+    assert made.ibot.freeze_last_layer == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--methods", "ijepa,mea"], "did you mean 'mae'"),
+        (["--methods", "mae,mae"], "name each once"),
+        (["--methods", "ijepa:loss.target"], "'loss.target' is no key=value"),
+        (["--methods", "ijepa:loss.target=pixel"], "did you mean 'pixels'"),
+        (["--methods", "ijepa,mae:model.depth=2"], "other encoders"),
+        (["--budget", "soon"], "give a time such as"),
+        (["--budget", "0s"], "give a time such as"),
+        (["--seeds", "one"], "give whole numbers"),
+        (["--masking.hidden", "0.5"], "'masking' is a part of ijepa and mae"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(monkeypatch, capsys, words, told):
+    assert told in refused(monkeypatch, capsys, "bench", "compare", *words)
+
+
+def test_its_options_go_with_nothing_else(monkeypatch, capsys):
+    assert "--budget goes with bench compare" in refused(monkeypatch, capsys, "bench", "masks", "--budget", "1s")
+    with pytest.raises(UserError):
+        seconds_of("10")

@@ -1,0 +1,213 @@
+"""Claims about all methods alike: they train, resume, are loaded and reported by the same engine; recipes keep them apart."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import openjepa
+from openjepa.data.sources import open_source
+from openjepa.data.stream import Steps, batches
+from openjepa.engine.checkpoint import checkpoints
+from openjepa.engine.run import read_metrics
+from openjepa.errors import UserError
+from openjepa.recipes.methods import METHODS, Family
+from openjepa.recipes.pretrain import build, pretrain, saved_recipe
+from openjepa.recipes.recipe import Recipe, from_dict, from_yaml, override, to_dict, to_yaml
+from openjepa.recipes.replay import dump, replay
+from openjepa.recipes.report import report
+from tests.conftest import TINY
+from tests.helpers import refused, same
+
+SHARED = {part: TINY[part] for part in ("model", "data", "optim", "schedule", "monitors", "precision")}
+OWN = {
+    "ijepa": {"predictor": {"width": 16, "depth": 1}},
+    "mae": {"mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}},
+    "ibot": {
+        "ibot": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "freeze_last_layer": 0.5},
+        "crops": {"small": 2, "small_size": [16, 16]},
+        "augment": {"jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": 0.5, "flip": 0.5},
+    },
+}
+
+
+def recipe_of(name: str, **parts) -> Recipe:
+    model = SHARED["model"] | ({"class_token": True} if name != "ijepa" else {})
+    values = {"method": name, **SHARED, "model": model, "machine": {"keep": 9, "checkpoint_every": 0.4}, **OWN[name]}
+    return from_dict(Recipe, {**values, **parts})
+
+
+@pytest.fixture(scope="module", params=["mae", "ibot"])
+def trained(request, folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    pretrain(recipe_of(request.param), str(folder), out, Console(quiet=True))
+    return out
+
+
+def test_a_stopped_run_ends_in_the_same_bits(trained, folder, tmp_path):
+    for stop in (2, 6):  # iBOT's prototypes rest in the first, and have no optimiser state yet
+        again = tmp_path / f"from-{stop}"
+        shutil.copytree(trained, again)
+        for found in checkpoints(again):
+            if found.step > stop:
+                shutil.rmtree(found.path)
+        pretrain(saved_recipe(again), str(folder), again, Console(quiet=True))
+        ours, theirs = checkpoints(again)[-1], checkpoints(trained)[-1]
+        assert ours.step == theirs.step == 10
+        assert same(ours.weights(), theirs.weights())
+        assert same(ours.optimizer(), theirs.optimizer())
+
+
+def test_workers_make_the_batches_of_the_main_process(folder):
+    recipe = recipe_of("ibot")
+    steps = Steps(open_source(str(folder)), recipe.data, METHODS["ibot"].views(recipe), 0)
+    for mine, theirs in zip((steps.batch(0), steps.batch(1)), batches(steps, 0, 2, 1, pin=False), strict=True):
+        assert torch.equal(mine.images, theirs.images)
+        assert torch.equal(mine.small, theirs.small)
+        assert torch.equal(mine.masks.hidden, theirs.masks.hidden)
+    assert mine.images.shape == (8, 2, 3, 32, 32)
+    assert mine.small.shape == (8, 2, 3, 16, 16)
+    assert not torch.equal(mine.images[:, 0], mine.images[:, 1])
+    halves = mine.parts(2)
+    assert sum(half.masks.total for half in halves) == mine.masks.total
+
+
+def test_what_was_trained_is_loaded_evaluated_and_drawn(trained, folder):
+    name = saved_recipe(trained).method
+    encoder = openjepa.load(trained)
+    assert encoder.network == {"mae": "encoder", "ibot": "target_encoder"}[name]
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 64, 24)
+    assert report(trained).exists()
+    logged = read_metrics(trained)[-2]
+    assert ("hidden_tokens" in logged) == (name == "ibot")
+    assert ("encoder_distance" in logged) == (name == "ibot")  # nothing follows MAE's encoder
+    if name == "mae":
+        with pytest.raises(UserError, match="a run of mae, which has no target_encoder"):
+            openjepa.load(trained, network="target_encoder")
+        with pytest.raises(UserError, match="a run of mae"):
+            openjepa.recipes.exchange.export(str(trained), "safetensors", trained.parent / "out", "predictor")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_kept_step_is_computed_once_more(name, folder, tmp_path):
+    recipe = recipe_of(name)
+    method = build(recipe).train()
+    batch = Steps(open_source(str(folder)), recipe.data, METHODS[name].views(recipe), 0).batch(0)
+    batch.images[3] = 0
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad])
+    kept = dump(tmp_path, recipe, 0, batch, method, optimizer)
+    lines = list(replay(kept))
+    assert lines[-1] == "all losses are finite here"
+    assert "gradient norm" in lines[1]
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipes_hold_their_own_method_alone(name):
+    recipe = recipe_of(name)
+    values = to_dict(recipe)
+    assert set(OWN[name]) <= set(values)
+    for other in set(METHODS) - {name}:
+        assert not (set(METHODS[other].parts) - set(METHODS[name].parts)) & set(values)
+    assert from_dict(Recipe, from_yaml(to_yaml(recipe))) == recipe
+
+
+def test_another_method_begins_at_its_own_values():
+    recipe = override(recipe_of("ijepa"), {"method": "mae", "mae.decoder_depth": "2"})
+    assert (recipe.masking.strategy, recipe.masking.hidden) == ("random", 0.75)
+    assert recipe.model.class_token
+    assert recipe.model.width == 24  # what they share stays
+    assert recipe.mae.decoder_depth == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("ijepa", {"mae.decoder_depth": "2"}, "'mae' is a part of mae, and this recipe's method is ijepa"),
+        ("mae", {"predictor.depth": "2"}, "'predictor' is a part of ijepa, and this recipe's method is mae"),
+        ("mae", {"crops.small": "2"}, "'crops' is a part of ibot"),
+        ("ibot", {"masking.hidden": "0.5"}, "'masking' is a part of ijepa and mae"),
+        ("ijepa", {"method": "mea"}, "did you mean 'mae'"),
+        ("mae", {"masking.hidden": "1"}, "hide some and leave some"),
+        ("mae", {"masking.hidden": "0"}, "hide some and leave some"),
+        ("mae", {"masking.hidden": "0.999"}, "masking.hidden 0.999 hides 64"),
+        ("mae", {"masking.strategy": "multiblock"}, "masking.strategy random or block"),
+        ("mae", {"mae.decoder_heads": "5"}, "divisible by mae.decoder_heads"),
+        ("ibot", {"crops.small_size": "18,16"}, "crops.small_size 18x16 does not divide into patches of 4"),
+        ("ibot", {"crops.small": "65"}, "crops.small is 65"),
+        ("ibot", {"model.class_token": "false"}, "set model.class_token true"),
+        ("ibot", {"token_masking.hidden": "0.001,0.002"}, "hides no patch"),
+        ("ibot", {"token_masking.hidden": "0.5,1"}, "hide some and leave some"),
+        ("ibot", {"ibot.teacher_temperature": "0"}, "must be above 0"),
+        ("ibot", {"optim.clip_each": "-1"}, "optim.clip_each is -1"),
+        ("ijepa", {"loss.target": "pixels", "loss.target_mask": "input"}, "leave one out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, values, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        override(recipe_of(name), values)
+
+
+def test_refusals_reach_the_command_line(monkeypatch, capsys):
+    told = refused(
+        monkeypatch, capsys, "pretrain", "--recipe", "mae_cifar10_cpu", "--loss.kind", "l2", "--data", "x", "--out", "y"
+    )
+    assert "'loss' is a part of ijepa, and this recipe's method is mae" in told
+
+
+# ---------------------------------------------------------------- the paper's ablations
+
+
+def test_pixels_can_be_the_targets(folder, tmp_path):
+    recipe = recipe_of("ijepa", loss={"target": "pixels"}, schedule={"epochs": 1, "warmup_epochs": 0})
+    method = build(recipe)
+    images = torch.randn(8, 3, 32, 32)
+    masks = Steps(open_source(str(folder)), recipe.data, METHODS["ijepa"].views(recipe), 0).batch(0).masks
+    targets = method.targets(images, masks)
+    assert targets.shape == (*masks.targets.shape, 48)
+    patch = int(masks.targets[2, 1, 0])
+    row, column = 4 * (patch // 8), 4 * (patch % 8)
+    pixels = images[2, :, row : row + 4, column : column + 4].flatten()
+    assert torch.allclose(targets[2, 1, 0], (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt(), atol=1e-5)
+    pretrain(recipe, str(folder), tmp_path / "run", Console(quiet=True))
+
+
+def test_the_target_encoders_input_can_be_masked(folder):
+    recipe = recipe_of("ijepa", loss={"target_mask": "input"})
+    method = build(recipe)
+    batch = Steps(open_source(str(folder)), recipe.data, METHODS["ijepa"].views(recipe), 0).batch(0)
+    images = batch.images.float()
+    targets = method.targets(images, batch.masks)
+    block = batch.masks.targets[:1, 2]
+    alone = method.target_encoder(images[:1], block)
+    assert torch.allclose(targets[0, 2], torch.nn.functional.layer_norm(alone[0], (24,)), atol=1e-5)
+    elsewhere = images.clone()
+    outside = next(i for i in range(64) if i not in block[0])
+    elsewhere[0, :, 4 * (outside // 8) : 4 * (outside // 8) + 4, 4 * (outside % 8) : 4 * (outside % 8) + 4] += 50
+    assert torch.equal(method.targets(elsewhere, batch.masks)[0, 2], targets[0, 2])  # it sees the block alone
+
+
+# ---------------------------------------------------------------- a method of one's own
+
+
+def test_the_page_on_adding_a_method_is_true(folder, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
+    scope: dict = {}
+    before = set(METHODS)
+    try:
+        for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(code, scope)
+        assert isinstance(METHODS["data2vec"], Family)
+        recipe = override(recipe_of("ijepa"), {"method": "data2vec", "token_masking.masked": "1"})
+        pretrain(recipe, str(folder), tmp_path / "run", Console(quiet=True))
+        losses = [m["loss"] for m in read_metrics(tmp_path / "run") if "loss" in m]
+        assert losses[-1] < losses[0]
+        assert openjepa.load(tmp_path / "run").network == "target_encoder"
+    finally:
+        for name in set(METHODS) - before:
+            del METHODS[name]
