@@ -112,6 +112,8 @@ def finetune(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def import_(args: argparse.Namespace, rest: list[str]) -> None:
+    from dataclasses import replace
+
     from openjepa.convert import formats
     from openjepa.convert.names import Told
     from openjepa.engine.whole import refuse_full
@@ -122,9 +124,15 @@ def import_(args: argparse.Namespace, rest: list[str]) -> None:
     values = pairs(rest)
     said = {name: values.pop(f"model.{name}") for name in ("heads", "image_size") if f"model.{name}" in values}
     told = from_dict(Told, {name: parse(f"model.{name}", text) for name, text in said.items()}, "model")
+    if "mae.decoder_heads" in values:
+        heads = parse("mae.decoder_heads", values["mae.decoder_heads"])
+        told = replace(told, decoder_heads=from_dict(Told, {"decoder_heads": heads}, "mae").decoder_heads)
     base, of_one_process = chosen(args)
     if base:
-        told = Told(told.heads or base.model.heads, told.image_size or base.model.image_size)
+        painter = base.mae.decoder_heads if base.method == "mae" else None
+        told = Told(
+            told.heads or base.model.heads, told.image_size or base.model.image_size, told.decoder_heads or painter
+        )
     imported = formats.read(args.source, told)
     if base and of_one_process:
         base = of_processes(base, imported.processes)
@@ -144,8 +152,7 @@ def export(args: argparse.Namespace, rest: list[str]) -> None:
 
     refuse(rest)
     line = export(args.source, args.format, Path(args.out), args.network, height_and_width(args.image_size))
-    what = "all networks and the optimiser" if args.format == "released" else args.network or "target_encoder"
-    print(f"{what} written to {args.out}\nload: {line}")
+    print(f"written to {args.out}\nload: {line}")
 
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:
@@ -295,10 +302,12 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "import",
         help="make a run of weights from elsewhere",
-        epilog="The shapes say the architecture; --model.heads N and --model.image_size H,W say what they cannot. Any other "
-        "value of the recipe is what training goes on with.",
+        epilog="The shapes say the architecture; --model.heads N, --model.image_size H,W and --mae.decoder_heads N say what they "
+        "cannot. Any other value of the recipe is what training goes on with.",
     )
-    p.add_argument("source", metavar="FILE", help="released *.pth.tar, Hugging Face or timm folder or file, or hf:NAME")
+    p.add_argument(
+        "source", metavar="FILE", help="released *.pth.tar or *.pth, Hugging Face or timm folder or file, or hf:NAME"
+    )
     p.add_argument("--out", metavar="RUN", required=True)
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="the recipe it was made with, ours or a released one")

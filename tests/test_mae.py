@@ -8,37 +8,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from openjepa.convert.mae import own, pixels
 from openjepa.masking import Masks
 from openjepa.methods.mae import MAE, MAEConfig
 from openjepa.models.vit import ViTConfig
 from tests.test_parity import error, holds
 
-OURS = {  # a released name's beginning, and ours
-    "decoder_embed": "decoder.embed",
-    "decoder_blocks": "decoder.blocks",
-    "decoder_norm": "decoder.norm",
-    "decoder_pred": "decoder.proj",
-    "mask_token": "decoder.mask_token",
-    "cls_token": "encoder.prefix_tokens",
-}
-
 
 def ours(name: str) -> str:
     """A released parameter's name here."""
-    for theirs, own in OURS.items():
-        if name.startswith(theirs):
-            return own + name.removeprefix(theirs)
-    return f"encoder.{name}"
-
-
-def pixels(patches: Tensor, channels: int = 3) -> Tensor:
-    """Patches in the release's order (row, column, channel) in ours (channel, row, column)."""
-    return patches.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
+    return ".".join(own(name)).replace("cls_token", "prefix_tokens")
 
 
 def as_ours(name: str, tensor: Tensor) -> Tensor:
     if name.startswith("decoder_pred"):  # its rows are pixels
-        return pixels(tensor.T).T if tensor.ndim == 2 else pixels(tensor)
+        return pixels(tensor, (-1, 3))
     return tensor.flatten(0, 1) if name == "cls_token" else tensor
 
 
@@ -66,7 +50,7 @@ def test_the_encoder_and_the_decoder_are_the_releases(released):
         1, masks.targets[:, 0, :, None].expand(-1, -1, 192), method.painted(tensors["images"], masks).detach()
     )
     assert hidden.gather(1, masks.targets[:, 0]).all()
-    holds("MAE prediction", [error(painted[hidden], pixels(tensors["pred"])[hidden])], 1e-5)
+    holds("MAE prediction", [error(painted[hidden], pixels(tensors["pred"][hidden].T, (-1, 3)).T)], 1e-5)
     everywhere = method.decoder(latent, masks.context[:, 0], torch.arange(16).expand(4, 1, 16))  # asked for all patches
     assert everywhere.shape == (4, 1, 16, 192)
 

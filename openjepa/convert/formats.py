@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from openjepa.convert import hf, native, onnx, released, timm
+from openjepa.convert import hf, mae, native, onnx, released, timm
 from openjepa.convert.names import Imported, State, Told, tensors
 from openjepa.errors import UserError, first_line
 from openjepa.models.encoder import Encoder
@@ -19,6 +19,17 @@ from openjepa.models.encoder import Encoder
 def write_hf(folder: Path, encoder: Encoder) -> str:
     hf.write(folder, encoder)
     return f"transformers.AutoModel.from_pretrained({str(folder)!r})"
+
+
+def write_hf_mae(folder: Path, whole: Imported) -> str:
+    hf.write_mae(folder, whole)
+    return f"transformers.AutoModelForPreTraining.from_pretrained({str(folder)!r})"
+
+
+def write_mae(folder: Path, whole: Imported) -> str:
+    file = folder / "checkpoint.pth"
+    mae.write(file, whole)
+    return f"torch.load({str(file)!r}, weights_only=True)['model']"
 
 
 def write_onnx(folder: Path, encoder: Encoder) -> str:
@@ -39,6 +50,8 @@ WRITERS: dict[str, Callable[[Path, Encoder], str]] = {
     "onnx": write_onnx,
     "safetensors": write_safetensors,
 }
+# The same of a MAE with its decoder.
+MAE_WRITERS: dict[str, Callable[[Path, Imported], str]] = {"hf": write_hf_mae, "released": write_mae}
 FORMATS = (*WRITERS, "released")
 
 
@@ -78,10 +91,12 @@ def read_path(path: Path, told: Told) -> Imported:
     saved = released.read_pickle(path)
     if released.is_released(saved):
         return released.read(saved, told, str(path))
+    if mae.is_mae(saved):
+        return mae.read(saved, told, str(path))
     if isinstance(saved, Mapping) and "pos_embed" in saved:
         return timm.read(tensors(saved, str(path)), told, str(path), beside(path))
     raise UserError(
-        f"{path} is neither a released checkpoint (encoder, predictor, target_encoder) nor an encoder's weights "
+        f"{path} is neither a released checkpoint (encoder, predictor, target_encoder; or model) nor an encoder's weights "
         f"(pos_embed, blocks.0…): it has {contents(saved)}"
     )
 
@@ -93,11 +108,13 @@ def read_folder(path: Path, told: Told) -> Imported:
     about = config_json(path / "config.json")
     if about.get("model_type") == "ijepa":
         return hf.read(about, config_json(path / "preprocessor_config.json"), weights_of(path), told, str(path))
+    if about.get("model_type") == "vit_mae":
+        return hf.read_mae(about, config_json(path / "preprocessor_config.json"), weights_of(path), told, str(path))
     if "architecture" in about:
         return timm.read(weights_of(path), told, str(path), about)
     if kind := about.get("model_type"):
-        raise UserError(f"{path} is a model of type '{kind}', not 'ijepa'")
-    files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".tar", ".onnx")]
+        raise UserError(f"{path} is a model of type '{kind}', not 'ijepa' or 'vit_mae'")
+    files = [file for file in path.iterdir() if file.suffix in (".safetensors", ".tar", ".pth", ".onnx")]
     if len(files) == 1:
         return read_path(files[0], told)
     raise UserError(

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openjepa.errors import UserError
+from openjepa.methods.mae import MAEConfig
 from openjepa.models.layers import sincos_positions
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import SIZES, ViT, ViTConfig
@@ -25,6 +27,8 @@ State = dict[str, Tensor]
 
 NETWORK = "openjepa_network"  # a key that other libraries do not look at: which network an exported encoder is
 
+TOKENS = "prefix_tokens"  # ours for what others call cls_token
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -32,7 +36,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Imported:
     """Weights under this project's names, and what they say about their networks.
 
-    weights: by network, one of encoder, predictor, target_encoder. optimizer: by network, parameter and kind (exp_avg,
+    weights: by network: one encoder alone, I-JEPA's encoder, predictor and target_encoder, or MAE's encoder and decoder.
+    mae: of weights with a decoder, where its heads are known. optimizer: by network, parameter and kind (exp_avg,
     exp_avg_sq, step), or empty.
     """
 
@@ -48,6 +53,7 @@ class Imported:
     std: tuple[float, ...] = IMAGENET_STD
     head: State = field(default_factory=dict)  # of a classifier
     classes: list[str] = field(default_factory=list)
+    mae: MAEConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Told:
 
     heads: int | None = None
     image_size: tuple[int, int] | None = None
+    decoder_heads: int | None = None
 
 
 def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTConfig:
@@ -65,14 +72,12 @@ def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTCo
     """
     try:
         width, channels, patch, across = state["patch_embed.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1]
+        tokens = state["pos_embed"].shape[1] - int("cls_token" in state)
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{where} is not the encoder of an I-JEPA: {first_missing(error)}") from error
+        raise UserError(f"{where} is not an encoder known here: {first_missing(error)}") from error
     if patch != across:
         raise UserError(f"{where} has patches of {patch}x{across} pixels: only square ones are known here")
-    if "cls_token" in state:
-        raise UserError(f"{where} has a class token ('cls_token'): I-JEPA's encoders have none")
     depth = blocks(state)
     known = [(name, values) for name, values in SIZES.items() if values[0] == width]
     heads = told.heads if told.heads is not None else (known[0][1][2] if known else None)
@@ -101,6 +106,7 @@ def encoder_config(state: Mapping[str, Tensor], told: Told, where: str) -> ViTCo
         depth=depth,
         heads=heads,
         mlp_ratio=mlp_ratio(width, hidden),
+        class_token="cls_token" in state,
     )
 
 
@@ -127,12 +133,17 @@ def predictor_config(state: Mapping[str, Tensor], where: str) -> PredictorConfig
     return PredictorConfig(width=width, depth=depth)
 
 
-def check_positions(stored: Tensor, grid: tuple[int, int], where: str) -> None:
-    """Stored positions must be the fixed ones that are computed here. stored: [1, N, D]. Raises UserError."""
-    fixed = sincos_positions(grid, stored.shape[-1])
-    if stored.shape[1:] != fixed.shape:
-        raise UserError(f"{where} has shape {list(stored.shape)}: expected {[1, *fixed.shape]}")
-    error = float((stored[0] - fixed.to(stored.dtype)).abs().max())
+def as_stored(positions: Tensor, class_token: bool) -> Tensor:
+    """Positions [N, D] as other code stores them, [1, N, D], or [1, 1 + N, D] with zeros for the class token."""
+    return F.pad(positions, (0, 0, int(class_token), 0))[None]
+
+
+def check_positions(stored: Tensor, grid: tuple[int, int], where: str, class_token: bool = False) -> None:
+    """Stored positions must be the fixed ones that are computed here. stored: as of `as_stored`. Raises UserError."""
+    fixed = as_stored(sincos_positions(grid, stored.shape[-1]), class_token)
+    if stored.shape != fixed.shape:
+        raise UserError(f"{where} has shape {list(stored.shape)}: expected {list(fixed.shape)}")
+    error = float((stored - fixed.to(stored.dtype)).abs().max())
     if not error < 1e-5:
         raise UserError(
             f"{where} are not the fixed sine-cosine positions of a {grid[0]}x{grid[1]} grid (off by {error:.2g}): "
@@ -164,16 +175,21 @@ def first_missing(error: Exception) -> str:
     return f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else "its shapes are not a ViT's"
 
 
-def without_positions(state: Mapping[str, Tensor], name: str, grid: tuple[int, int], where: str) -> State:
+def without_positions(
+    state: Mapping[str, Tensor], name: str, grid: tuple[int, int], where: str, class_token: bool = False
+) -> State:
     """A state dict less its fixed positions, which are checked."""
-    check_positions(state[name], grid, f"{where}'s {name}")
+    if name not in state:
+        raise UserError(f"{where} has no '{name}'")
+    check_positions(state[name], grid, f"{where}'s {name}", class_token)
     return {k: v for k, v in state.items() if k != name}
 
 
 def encoder_alone(state: Mapping[str, Tensor], told: Told, where: str) -> tuple[ViTConfig, State]:
     """The configuration and weights of an encoder that is stored by itself with its positions. Raises UserError."""
     config = encoder_config(state, told, where)
-    own = without_positions(state, "pos_embed", config.grid, where)
+    own = without_positions(state, "pos_embed", config.grid, where, config.class_token)
+    own = {TOKENS if k == "cls_token" else k: v.flatten(0, 1) if k == "cls_token" else v for k, v in own.items()}
     check_whole(config, own, where)
     return config, own
 
@@ -186,8 +202,10 @@ def check_whole(config: ViTConfig, state: State, where: str) -> None:
 
 
 def with_positions(encoder: ViT) -> State:
-    """An encoder's state dict with the positions [1, N, D] that other libraries store, interpolated ones as they are."""
-    return {"pos_embed": encoder.get_buffer("positions")[None], **encoder.state_dict()}
+    """An encoder's state dict as other libraries store it: its class token, and positions, interpolated ones as they are."""
+    state, class_token = encoder.state_dict(), encoder.config.class_token
+    token = {"cls_token": state.pop(TOKENS)[None]} if class_token else {}
+    return {**token, "pos_embed": as_stored(encoder.get_buffer("positions"), class_token), **state}
 
 
 def given_statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -202,10 +220,10 @@ def given_statistics(mean: Any, std: Any, channels: int, where: str) -> tuple[tu
     return mean, std
 
 
-def check_plain(model: ViTConfig, form: str) -> None:
-    """Raises UserError for what I-JEPA's own encoders do not have and a format therefore cannot carry."""
-    extras = {"class_token": model.class_token, "registers": model.registers, "layer_scale": model.layer_scale is not None,
-              "qk_norm": model.qk_norm}  # fmt: skip
+def check_plain(model: ViTConfig, form: str, class_token: bool = False) -> None:
+    """Raises UserError for what a format cannot carry. class_token: whether it can carry one."""
+    extras = {"class_token": model.class_token and not class_token, "registers": model.registers,
+              "layer_scale": model.layer_scale is not None, "qk_norm": model.qk_norm}  # fmt: skip
     if used := [f"model.{name}" for name, value in extras.items() if value]:
         raise UserError(f"{form} cannot carry {', '.join(used)}: export as safetensors or onnx")
 

@@ -7,6 +7,7 @@ A pickle of `encoder`, `predictor`, `target_encoder` (parameters under `module.`
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import warnings
@@ -47,7 +48,7 @@ KNOWN = (*NETWORKS, *HEADER, "opt", "scaler", "mean", "std")
 def read_pickle(file: Path) -> Any:
     """What a pickle holds, if it is tensors and plain values alone. Raises UserError; nothing in it is ever run."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )  # mapped, not read
@@ -79,12 +80,11 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
         for network in NETWORKS
     }
     model = encoder_config(raw["target_encoder"], told, f"{where}'s target_encoder")
+    if model.class_token:
+        raise UserError(f"{where} has a class token ('cls_token'): the encoders of this layout have none")
     own: dict[str, State] = {}
     for network, state in raw.items():
-        positions = POSITIONS[network]
-        if positions not in state:
-            raise UserError(f"{where}'s {network} has no '{positions}'")
-        state = without_positions(state, positions, model.grid, f"{where}'s {network}")
+        state = without_positions(state, POSITIONS[network], model.grid, f"{where}'s {network}")
         own[network] = without_prefix(state, PREFIXES[network], f"{where}'s {network}")
     predictor = predictor_config(own["predictor"], f"{where}'s predictor")
     for network, expected in shapes(model, predictor).items():

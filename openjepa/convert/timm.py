@@ -1,4 +1,4 @@
-"""timm's Vision Transformer without class token, in and out: the encoder alone."""
+"""timm's Vision Transformer with fixed positions, in and out: the encoder alone, with a class token or without."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from openjepa.models.vit import ViTConfig
 NAMES = {("H", 14, 224): "vit_huge_patch14_gap_224", ("H", 16, 448): "vit_huge_patch16_gap_448",
          ("G", 16, 224): "vit_giant_patch16_gap_224"}  # fmt: skip
 SAID = {"embed_dim": "dim", "depth": "n_blocks", "patch_size": "patch_size", "in_chans": "channels"}
-ARGUMENTS = (*SAID, "img_size", "num_heads", "mlp_ratio", "dynamic_img_size")
+ARGUMENTS = (*SAID, "img_size", "num_heads", "mlp_ratio", "dynamic_img_size", "class_token")
 OTHERS = "vit_base_patch16_gap_224"  # every other size is this architecture with arguments
 
 
@@ -37,7 +37,7 @@ def write(folder: Path, encoder: Encoder) -> str:
     Returns the line of Python that loads it.
     """
     config = encoder.vit.config
-    check_plain(config, "timm's vit_*_gap")
+    check_plain(config, "timm's vit_*_gap", class_token=True)
     state = with_positions(encoder.vit)
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
     architecture, arguments = model_arguments(config)
@@ -80,6 +80,7 @@ def model_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         "depth": config.n_blocks,
         "num_heads": config.n_heads,
         "mlp_ratio": config.mlp_ratio,
+        **({"class_token": True} if config.class_token else {}),  # which the mean over patches leaves out
     }
 
 
@@ -88,18 +89,19 @@ def read(state: State, told: Told, where: str, about: dict[str, Any] | None = No
     about = about or {}
     statistics, arguments = about.get("pretrained_cfg", {}), about.get("model_args", {})
     architecture = str(about.get("architecture", OTHERS))
-    if not re.fullmatch(r"vit_\w+_gap_\d+(\.\w+)?", architecture):
-        raise UserError(f"{where} is a {architecture}: I-JEPA's encoders are vit_*_gap_*")
+    if not re.fullmatch(r"vit_(\w+_gap|[a-z]+_patch\d+)_\d+(\.\w+)?", architecture):
+        raise UserError(f"{where} is a {architecture}: known here are vit_*_gap_*, and MAE's vit_*_patch*_*")
     if odd := [name for name in arguments if name not in ARGUMENTS]:
-        raise UserError(f"{where} was built with {odd[0]} {arguments[odd[0]]!r}, which I-JEPA's encoders are not")
+        raise UserError(f"{where} was built with {odd[0]} {arguments[odd[0]]!r}, which encoders here are not")
     size = arguments.get("img_size")
     told = Told(
         heads=told.heads if told.heads is not None else arguments.get("num_heads"),
         image_size=told.image_size or ((int(size[0]), int(size[1])) if isinstance(size, list) else None),
     )
     if any(name.startswith("fc_norm.") for name in state):
-        raise UserError(f"{where} normalises after pooling ('fc_norm'): I-JEPA's encoders normalise each patch")
+        raise UserError(f"{where} normalises after pooling ('fc_norm'): encoders here normalise each patch")
     config, state = encoder_alone(state, told, where)
     agrees(arguments, config, SAID, where)
     mean, std = given_statistics(statistics.get("mean"), statistics.get("std"), config.channels, where)
-    return Imported(config, {about.get(NETWORK, "target_encoder"): state}, mean=mean, std=std)
+    network = about.get(NETWORK, "encoder" if config.class_token else "target_encoder")
+    return Imported(config, {network: state}, mean=mean, std=std)

@@ -21,7 +21,7 @@ from openjepa.errors import UserError, nearest
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
-from openjepa.recipes.methods import METHODS
+from openjepa.recipes.methods import METHODS, starting
 from openjepa.recipes.pretrain import build, saved_data, saved_recipe
 from openjepa.recipes.recipe import Recipe, differences, override, to_yaml
 
@@ -97,32 +97,41 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     """
     refuse_full(out)
     recipe = override(base or around(imported), values or {})
+    if "decoder" in imported.weights and not imported.mae:
+        raise UserError(f"{source} does not say how many heads its decoder has: --mae.decoder_heads N")
     predictor = imported.predictor or recipe.predictor
+    painter = replace(imported.mae or recipe.mae, normalised=recipe.mae.normalised)  # which has no weights
     if imported.predictor and recipe.predictor.heads == imported.model.n_heads:
         predictor = replace(predictor, heads=recipe.predictor.heads)  # said, not left to the encoder
     free = {name: getattr(recipe.model, name) for name in ("size", "drop_path", "depth_scaled_init")}  # have no weights
-    if changed := differences(replace(recipe, model=replace(imported.model, **free), predictor=predictor), recipe):
+    if changed := differences(
+        replace(recipe, model=replace(imported.model, **free), predictor=predictor, mae=painter), recipe
+    ):
         raise UserError(f"{source} is not of this recipe (its own -> the recipe's: {'; '.join(changed)})")
     method = build(recipe)
     notes = []
-    for network in NETWORKS:
-        if network in imported.weights:
-            load_strict(getattr(method, network), imported.weights[network], f"{source}'s {network}")
-    if "predictor" not in imported.weights:
-        (only,) = imported.weights
-        for network in ("encoder", "target_encoder"):
-            getattr(method, network).load_state_dict(imported.weights[only])
-        notes.append(f"it holds an encoder alone ({only}): both encoders start from it, the predictor at random")
+    weights, alone = imported.weights, len(imported.weights) == 1
+    if alone:
+        encoders = ("encoder", *(slow for slow, fast in method.follows.items() if fast == "encoder"))
+        weights = dict.fromkeys(encoders, *weights.values())
+    for network, own in weights.items():
+        if not hasattr(method, network):
+            raise UserError(f"{source} holds a {network}, which {recipe.method} has no place for")
+        load_strict(getattr(method, network), own, f"{source}'s {network}")
     optimizer = build_optimizer(method, recipe.optim)
-    anew = [name for name, _ in checkpoint.learning(method) if name.partition(".")[0] not in NETWORKS]
-    if anew and imported.step:
+    anew = [name for name, _ in checkpoint.learning(method) if name.partition(".")[0] not in weights]
+    if alone:
+        (only,), rest = imported.weights, dict.fromkeys(name.partition(".")[0] for name in anew)
+        start = "both encoders start" if len(weights) > 1 else "the encoder starts"
+        notes.append(f"it holds an encoder alone ({only}): {start} from it, the {' and the '.join(rest)} at random")
+    elif anew and imported.step:
         notes.append(f"it holds no {anew[0].partition('.')[0]}, which the recipe's loss needs: it starts at random")
     if imported.optimizer:
         for name, parameter in checkpoint.learning(method):
             entries = {k.rpartition("/")[2]: v for k, v in imported.optimizer.items() if k.startswith(f"{name}/")}
             optimizer.state[parameter] = dict(entries)
-    elif "predictor" in imported.weights:
-        notes.append("it holds no optimiser state: training would begin at step 0 from these weights")
+    elif not alone:
+        notes.append("no optimiser's state came in: training would begin at step 0 from these weights")
     if imported.step and imported.batch_size not in (None, recipe.data.batch_size):
         notes.append(
             f"its {imported.step} steps were of {imported.batch_size} images, the recipe's are of {recipe.data.batch_size}"
@@ -143,12 +152,19 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
 
 
 def around(imported: Imported) -> Recipe:
-    """The default recipe with the networks that the weights belong to."""
-    base = Recipe()
+    """The default recipe with the networks that the weights belong to: MAE's, where a class token's encoder is followed by none."""
+    nothing_follows = "target_encoder" not in imported.weights
+    base = starting(Recipe(), "mae") if imported.model.class_token and nothing_follows else Recipe()
     data = replace(
         base.data, mean=imported.mean, std=imported.std, batch_size=imported.batch_size or base.data.batch_size
     )
-    return replace(base, model=imported.model, predictor=imported.predictor or base.predictor, data=data)
+    return replace(
+        base,
+        model=imported.model,
+        predictor=imported.predictor or base.predictor,
+        mae=imported.mae or base.mae,
+        data=data,
+    )
 
 
 # ---------------------------------------------------------------- export
@@ -158,9 +174,10 @@ def export(source: str, form: str, out: Path, network: str | None = None,
            image_size: tuple[int, int] | None = None) -> str:  # fmt: skip
     """Write one network of a run (or of anything that `load` takes) in another format, into an empty or new folder.
 
-    form: hf, timm, onnx, safetensors, or released (all three networks and the optimiser). network: target_encoder (the
-    default), encoder or predictor. image_size: height and width in pixels, where other than the run's; the positions are
-    interpolated once and stored. Returns the line of Python that loads it. Raises UserError; `out` is then not made.
+    form: hf (of MAE with its decoder), timm, onnx, safetensors, or released (of I-JEPA all three networks and the optimiser,
+    of MAE both). network: target_encoder (the default), encoder or predictor. image_size: height and width in pixels, where
+    other than the run's; the positions are interpolated once and stored. Returns the line of Python that loads it. Raises
+    UserError; `out` is then not made.
     """
     if form not in formats.FORMATS:
         raise UserError(f"unknown format '{form}': one of {', '.join(formats.FORMATS)}{nearest(form, formats.FORMATS)}")
@@ -168,14 +185,20 @@ def export(source: str, form: str, out: Path, network: str | None = None,
         raise UserError(f"network '{network}': one of {', '.join(NETWORKS)}")
     refuse_full(out)
     if form == "released" and network:
-        raise UserError("the released layout holds all three networks: leave --network out")
+        raise UserError("the released layout holds all networks: leave --network out")
     if image_size and (network == "predictor" or form not in ("hf", "timm", "onnx")):
         raise UserError(f"--image-size has no place in {form}: openjepa.load takes images of any size")
-    if form == "released":
-        if not is_run(Path(source)):
+    if form == "released" and not is_run(Path(source)):
+        raise UserError(f"{source} is not a run: the released layout needs all networks (openjepa import first)")
+    painter = with_decoder(source) if form in ("hf", "released") and network in (None, "encoder") else None
+    if painter:
+        if image_size:
             raise UserError(
-                f"{source} is not a run: the released layout needs all three networks (openjepa import first)"
+                "a decoder's positions are those of its images: leave --image-size out, or export as timm or onnx"
             )
+        with new_folder(out) as folder:
+            line = formats.MAE_WRITERS[form](folder, painter)
+    elif form == "released":
         with new_folder(out) as folder:
             line = write_released(Path(source), folder / "checkpoint.pth.tar")
     elif network == "predictor":
@@ -189,6 +212,21 @@ def export(source: str, form: str, out: Path, network: str | None = None,
         with new_folder(out) as folder:
             line = formats.WRITERS[form](folder, encoder)
     return line.replace(str(folder), str(out))
+
+
+def with_decoder(source: str) -> Imported | None:
+    """A MAE's encoder and decoder, from a run or from elsewhere; None where there is no decoder."""
+    if not is_run(Path(source)):
+        found = formats.read(source, Told())
+        if "decoder" in found.weights and not found.mae:
+            raise UserError(f"{source} does not say how many heads its decoder has: openjepa import it first")
+        return found if "decoder" in found.weights else None
+    folder, saved = checkpoint.locate(Path(source))
+    recipe = saved_recipe(folder)
+    if recipe.method != "mae":
+        return None
+    weights = {network: network_weights(saved, network) for network in ("encoder", "decoder")}
+    return Imported(recipe.model, weights, mae=recipe.mae, mean=recipe.data.mean, std=recipe.data.std)
 
 
 def of_ijepa(run: Path, what: str) -> Recipe:
