@@ -131,8 +131,8 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, 
 
 @pytest.mark.parametrize(
     ("number", "why", "times"),
-    [(signal.SIGKILL, "memory ran out", 2), pytest.param(signal.SIGSEGV, "a decoder crashed", 8, marks=SLOW),
-     pytest.param(signal.SIGKILL, "memory ran out", 20, marks=SLOW)],
+    [(signal.SIGKILL, "memory ran out", 2), pytest.param(signal.SIGSEGV, "a decoder crashed", 3, marks=SLOW),
+     pytest.param(signal.SIGKILL, "memory ran out", 6, marks=SLOW)],
 )  # fmt: skip
 def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on(
     tiny, folder, tmp_path, number, why, times

@@ -176,7 +176,7 @@ def test_a_worker_hands_on_the_users_mistake_in_one_line(tmp_path):
         ("{tmp}/table.parquet", "no column"),
         ("://\0.parquet", "null byte"),
         ("{tmp}/" + 300 * "x", "File name too long"),
-        ("~nobody/x", "home directory"),
+        ("~no-such-user/x", "home directory"),
         ("torchvision:clevr", "no such data set"),
         ("torchvision:CIFAR11", "did you mean 'CIFAR10'"),
         ("scenes:0", "give a number of scenes"),
