@@ -212,7 +212,8 @@ class Watch:
             return
         seconds = max(1e-9, now - self._since)
         features = self.features(batch.to(self.device))
-        statistics = feature_statistics(features)
+        alive = bool(features.isfinite().all())  # the step was; the weights that it left may be too large
+        statistics = feature_statistics(features) if alive else {}
         values = {
             "loss": loss,
             **statistics,
@@ -234,14 +235,17 @@ class Watch:
             "elapsed_s": now - self._began,
         }
         left = (self.schedule.steps - step) * seconds / self._steps
+        said = "features not finite"
+        if alive:
+            said = f"std {statistics['feature_std']:.2f}  rank {statistics['feature_rank']:.0f}"
         line = (
-            f"step {step:>{len(str(self.schedule.steps))}}/{self.schedule.steps}  loss {values['loss']:.4f}  "
-            f"std {statistics['feature_std']:.2f}  rank {statistics['feature_rank']:.0f}  "
+            f"step {step:>{len(str(self.schedule.steps))}}/{self.schedule.steps}  loss {values['loss']:.4f}  {said}  "
             f"{values['images_per_s']:.0f} images/s  {clock(left)} left"
         )
         self.run.log(step, values, line)
-        follows = bool(self.method.follows)  # nothing else can collapse
-        warning = collapse_warning(statistics, len(features), features.shape[-1]) if follows else None
+        warning = None
+        if alive and self.method.follows:  # nothing else can collapse
+            warning = collapse_warning(statistics, len(features), features.shape[-1])
         if warning and not self._warned and step > self.schedule.warmup:
             self.run.warn(warning)
         self._warned = self._warned or bool(warning and step > self.schedule.warmup)
