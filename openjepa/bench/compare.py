@@ -48,7 +48,7 @@ PROBE = LinearConfig(
 
 @dataclass(frozen=True)
 class Contestant:
-    """A recipe, and what it is called here."""
+    """A recipe by the name that it was asked for."""
 
     name: str
     recipe: Recipe

@@ -49,6 +49,17 @@ def ijepa_cifar10_cpu() -> Recipe:
     )
 
 
+def ijepa_imagenette() -> Recipe:
+    """ViT-S/16 at 160 px on Imagenette's 9,469 images, 200 epochs, one GPU; not run yet."""
+    return Recipe(
+        model=ViTConfig(size="S", image_size=(160, 160)),
+        predictor=PredictorConfig(width=192),
+        data=DataConfig(batch_size=64),
+        optim=OptimConfig(lr=5e-4, start_lr=1e-4),
+        schedule=ScheduleConfig(epochs=200, warmup_epochs=10),
+    )
+
+
 def paper(size: str, predictor_depth: int, epochs: float, warmup: float, start_lr: float, image: int = 224,
           patch: int = 16) -> Recipe:  # fmt: skip
     """The values that all of the paper's rows share: batch 2048, lr 1e-3, weight decay 0.04 to 0.4, EMA 0.996 to 1."""
@@ -96,6 +107,7 @@ RECIPES = {
     for make in (
         ijepa_scenes,
         ijepa_cifar10_cpu,
+        ijepa_imagenette,
         ijepa_vitb16,
         ijepa_vitl16,
         ijepa_vith14,

@@ -53,7 +53,7 @@ def mae_cifar10_cpu() -> Recipe:
 
 
 def mae_imagenette() -> Recipe:
-    """ViT-S/16 on Imagenette at 160 px, 200 epochs, one GPU; the encoder of ijepa_imagenette, to compare."""
+    """ViT-S/16 at 160 px on Imagenette, 200 epochs, one GPU; the encoder of ijepa_imagenette, to compare; not run yet."""
     return Recipe(
         method="mae",
         model=ViTConfig(size="S", image_size=(160, 160), class_token=True),
