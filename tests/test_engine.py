@@ -148,6 +148,7 @@ def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on
             args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         wait_for_step(run, step, process)
+        assert process.poll() is None, (process.returncode, process.communicate())
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[-1]), number)
         _, errors = process.communicate(timeout=120)
