@@ -187,6 +187,14 @@ def test_a_byte_that_changed_is_found_and_nothing_is_deleted(monkeypatch, capsys
     assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
 
 
+def test_without_its_checksums_a_checkpoint_is_not_read(monkeypatch, capsys, tmp_path, begun, folder):
+    recipe, run = begun
+    newest = checkpoints(run)[-1].path
+    (newest / "checksums.txt").unlink()
+    error = refused(monkeypatch, capsys, *words(recipe, folder, run, tmp_path / "recipe.yaml"))
+    assert f"checkpoint {newest} is damaged (checksums.txt: No such file" in error
+
+
 def test_a_damaged_checkpoint_moved_away_lets_the_one_before_go_on(monkeypatch, capsys, tmp_path, begun, folder):
     recipe, run = begun
     *_, older, newest = checkpoints(run)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,7 +214,6 @@ def test_another_recipe_or_other_images_are_refused_by_name(undisturbed, folder,
 
 
 def test_the_same_images_may_move(undisturbed, folder, tmp_path):
-    import shutil
 
     recipe, run = undisturbed
     moved = tmp_path / "elsewhere"
@@ -231,7 +231,6 @@ def test_a_folder_that_is_no_run_is_not_written_to(tiny, folder, tmp_path):
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named_and_nothing_restarts(undisturbed, folder, tmp_path, file):
-    import shutil
 
     recipe, reference = undisturbed
     run = tmp_path / "run"
@@ -246,7 +245,6 @@ def test_a_damaged_checkpoint_is_named_and_nothing_restarts(undisturbed, folder,
 
 
 def test_too_many_bad_images_stop_the_run(tiny, folder, tmp_path):
-    import shutil
 
     images = tmp_path / "images"
     shutil.copytree(folder, images)
@@ -263,6 +261,34 @@ def test_a_loss_that_explodes_stops_the_run_in_one_line(tiny, folder, tmp_path):
     recipe = override(tiny, {"optim.lr": "1e30", "optim.start_lr": "1e30", "monitors.max_bad_steps": "5"})
     with pytest.raises(UserError, match="5 steps in a row were not finite"):
         pretrain(recipe, str(folder), tmp_path / "run", QUIET)
+
+
+def test_no_checkpoint_is_written_while_steps_are_not_finite(tiny, folder, tmp_path):
+    """Older ones may be better than weights that a last finite step made too large."""
+    values = {"optim.lr": "1e30", "optim.start_lr": "1e-9", "schedule.warmup_epochs": "1", "schedule.epochs": "8",
+              "machine.checkpoint_every": "0.2", "machine.keep": "99", "monitors.max_bad_steps": "4"}  # fmt: skip
+    with pytest.raises(UserError, match=r"4 steps in a row were not finite") as told:
+        pretrain(override(tiny, values), str(folder), tmp_path / "run", QUIET)
+    bad = [int(line.split("\t")[0]) for line in (tmp_path / "run" / "bad_steps.txt").read_text().splitlines()]
+    saved = [found.step for found in checkpoints(tmp_path / "run")]
+    assert not set(saved) & set(bad)
+    assert f"the newest checkpoint is of step {saved[-1]}, before them" in str(told.value)
+
+
+def test_bad_images_are_noted_with_every_checkpoint(tiny, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    for i in range(8):
+        (tmp_path / "images" / "red" / f"{i:02}.png").write_text("no image")
+    values = {
+        "machine.checkpoint_every": "0.2",
+        "machine.keep": "99",
+        "data.max_bad": "0.5",
+        "monitors.log_every": "1000",
+    }
+    pretrain(override(tiny, values), str(tmp_path / "images"), tmp_path / "run", QUIET)
+    noted = [len(found.state()["bad_images"]) for found in checkpoints(tmp_path / "run")]
+    assert noted == sorted(noted)
+    assert 0 < noted[1] < noted[-1] == 8
 
 
 def test_training_learns_something(tiny, folder, tmp_path):

@@ -61,6 +61,9 @@ def losses(run: Path) -> list[float]:
     return [m["loss"] for m in read_metrics(run) if "loss" in m]
 
 
+DROPPING = {"model.drop_path": "0.5", "schedule.epochs": "2", "schedule.warmup_epochs": "0.5"}
+
+
 @pytest.fixture(scope="module")
 def fifty() -> Recipe:
     from tests.conftest import TINY
@@ -79,8 +82,8 @@ def many(fifty, folder, tmp_path_factory) -> Path:
     config.write_text(to_yaml(fifty))
     fsdp = {"machine.strategy": "fsdp", "machine.recompute": "selective"}
     plans = {
-        1: [("one", {}), ("full", {"machine.recompute": "full"})],
-        2: [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {})],
+        1: [("one", {}), ("full", {"machine.recompute": "full"}), ("dropping-1", DROPPING)],
+        2: [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {}), ("dropping-2", DROPPING)],
         4: [("ddp-4", {}), ("fsdp-4", {**fsdp, "machine.recompute": "full"}), ("moved", fsdp)],
     }
     for ranks, runs in plans.items():
@@ -114,6 +117,27 @@ def test_every_checkpoint_of_any_ranks_is_one_encoder(many):
         ) in reference.items():  # AdamW's first steps divide by gradients near 0: sums' order shows there
             assert torch.allclose(found[key], expected, rtol=1e-3, atol=1e-4), (name, key)
     assert len(list(checkpoints(many / "fsdp-4")[-1].path.glob("weights-*.safetensors"))) == 4
+
+
+def test_the_same_branches_are_dropped_on_any_number_of_ranks(many):
+    one, two = (checkpoints(many / name)[-1].weights() for name in ("dropping-1", "dropping-2"))
+    plain = checkpoints(many / "one")[1].weights()  # of the same step
+    apart = max((one[key] - two[key]).abs().max().item() for key in one)
+    assert apart < 1e-5
+    assert max((one[key] - plain[key]).abs().max().item() for key in one) > 1e-3  # it does drop
+
+
+def test_folders_that_are_not_shared_are_refused(fifty, folder, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(to_yaml(fifty))
+    code = (
+        "import os, sys\nfrom openjepa.cli import main\n"
+        "sys.argv += ['--out', sys.argv.pop() + os.environ['RANK']]\nmain()"
+    )
+    words = ("pretrain", "--config", tmp_path / "recipe.yaml", "--data", folder, tmp_path / "own")
+    done = launch(2, code, tmp_path, *words)
+    assert done.returncode != 0
+    assert len(said(done.err)) == 1
+    assert "is not the same folder for all processes (rank 1 sees another)" in said(done.err)[0]
 
 
 @pytest.mark.parametrize("context", ["even", "packed"])

@@ -74,16 +74,15 @@ class Checkpoint:
         return [name for name in found if name.startswith(kind)]
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of each file; empty for a checkpoint of before there were any."""
-        file = self.path / CHECKSUMS
+        """SHA-256 of each file. Raises UserError where there are none."""
         with self.reading(CHECKSUMS):
-            lines = file.read_text().splitlines() if file.exists() else []
+            lines = (self.path / CHECKSUMS).read_text().splitlines()
             return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
     def verify(self, names: list[str]) -> None:
         """Raises UserError naming the first of these files that is not what was written."""
         known = self.checksums()
-        for name in names if known else []:
+        for name in names:
             with self.reading(name):
                 if sha256(self.path / name) != known.get(name):
                     raise ValueError("its checksum is another than when it was written")

@@ -37,7 +37,7 @@ class Roll:
     def __init__(self, store: Any, rank: int, ranks: int) -> None:
         self.store, self.rank, self.ranks = store, rank, ranks
         self.patience = float("inf")  # seconds that a step may take
-        self._step, self._since, self._ticks = 0, time.monotonic(), 0
+        self._step, self._since, self._ticks = -1, float("inf"), 0  # no step yet: what comes before may take its time
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -71,7 +71,7 @@ class Roll:
     def _signs(self) -> list[tuple[int, int]]:
         """Ticks and step of each rank."""
         keys = [f"seen/{rank}" for rank in range(self.ranks)]
-        notes = self.store.multi_get(keys) if self.store.check(keys) else [b"0 0"] * self.ranks
+        notes = self.store.multi_get(keys) if self.store.check(keys) else [b"0 -1"] * self.ranks
         return [tuple(map(int, note.split())) for note in notes]  # type: ignore[misc]
 
     def _watch(self) -> None:

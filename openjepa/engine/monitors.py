@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from openjepa.data.stream import Bad, Batch, DataConfig
 from openjepa.engine import parallel
+from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.device import Later
 from openjepa.engine.launch import Roll
 from openjepa.engine.optim import Schedule
@@ -137,7 +138,7 @@ class Watch:
         self._waited, self._steps, self._warned = 0.0, 0, False
         self._bad_images: list[Bad] = []
         self._unread: deque[Outcome] = deque()
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = 0
 
     def next(self, step: int, batches: Iterator[Batch]) -> Batch:
         """The batch of a step, counting the time it took to come."""
@@ -176,9 +177,9 @@ class Watch:
             loss, norm, *wishes = outcome.vitals.read()
             self.run.heed((wishes[0], wishes[1]))
             if math.isfinite(loss) and math.isfinite(norm):
-                self._bad_in_a_row = 0
+                self.bad_in_a_row = 0
                 continue
-            self._bad_in_a_row += 1
+            self.bad_in_a_row += 1
             guilty = outcome.batch.indices[~torch.isfinite(outcome.losses).cpu().numpy()].tolist()
             named = [name for names in parallel.gather([self.name(i) for i in guilty]) for name in names]
             if not named:  # the gradient alone
@@ -188,14 +189,21 @@ class Watch:
                     for n in names
                 ]
             self.run.note_bad_step(outcome.step, loss, norm, named)
-            if self._bad_in_a_row >= self.config.max_bad_steps and not self._unread:
+            if self.bad_in_a_row >= self.config.max_bad_steps and not self._unread:
                 self.give_up(outcome, loss)
 
     def give_up(self, outcome: Outcome, loss: float) -> None:
         kept = self.dump(outcome.step - 1, outcome.batch) if self.dump else None
+        self.run.saver.wait()
+        saved = checkpoints(self.run.path)
         raise UserError(
-            f"{self._bad_in_a_row} steps in a row were not finite, the last is step {outcome.step} (loss {loss:g}): the last "
-            "checkpoint is intact; begin again in another --out with a lower optim.lr, optim.clip_norm 1, or precision fp32"
+            f"{self.bad_in_a_row} steps in a row were not finite, the last is step {outcome.step} (loss {loss:g}); "
+            + (
+                f"the newest checkpoint is of step {saved[-1].step}, before them"
+                if saved
+                else "there is no checkpoint yet"
+            )
+            + "; begin again in another --out with a lower optim.lr, optim.clip_norm 1, or precision fp32"
             + (f"; to see where it comes from: openjepa replay {kept}" if kept else "")
         )
 

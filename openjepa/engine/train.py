@@ -47,7 +47,7 @@ def train(
         batch = watch.next(step, batches)
         epoch = step / schedule.steps_per_epoch
         method.begin_step(epoch)
-        torch.manual_seed((rng.key(seed, "step") + step + parallel.rank()) % 2**63)  # drop path, if any
+        torch.manual_seed((rng.key(seed, "step") + step) % 2**63)  # drop path, if any: the same on every rank
         set_rates(optimizer, schedule.lr(step), schedule.weight_decay(step))
         losses, means = [], []
         for i, part in enumerate(batch.parts(parts)):
@@ -73,7 +73,11 @@ def train(
         watch.after_step(Outcome(done, batch, told, torch.cat([each for _, each in losses])))
         if run.stopping or done % save_every == 0 or done == schedule.steps:
             watch.settle()
-            run.save(done, method, optimizer)
+            watch.note_bad_images()
+            if (
+                run.stopping or done == schedule.steps or not watch.bad_in_a_row
+            ):  # older ones may be better than these weights
+                run.save(done, method, optimizer)
         if run.stopping and done < schedule.steps:
             run.saver.wait()
             raise Interrupted(f"checkpoint of step {done} written to {run.path}", run.stopping)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from openjepa.models.layers import Recompute, compile_blocks, follow, recompute_blocks
+from openjepa.models.layers import DropPath, Recompute, compile_blocks, follow, recompute_blocks
 from openjepa.models.vit import ViT
 
 
@@ -48,6 +48,12 @@ class Method(nn.Module):
         """Trade time for memory in what has a backward pass."""
         learning = {name: network for name, network in self.networks().items() if name not in self.follows}
         recompute_blocks(how, *(network.blocks for network in learning.values()))  # type: ignore[arg-type]
+
+    def share(self, number: int, of: int) -> None:
+        """Which part of every batch is computed here, of how many."""
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.share = number, of
 
     # ------------------------------------------------------------ what the loop calls in a step, in this order
 

@@ -177,17 +177,23 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a whole branch for some of the sequences while training (Huang et al., 2016)."""
+    """Drop a whole branch for some of the sequences while training (Huang et al., 2016).
+
+    share: which part of the sequences of all processes is here, (number, of how many); all draw for all, so that their number
+    changes nothing.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.share = rate, (0, 1)
 
     def forward(self, x: Tensor, layout: Layout = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
         sequences = len(layout.mask) if isinstance(layout, Ragged) else len(x)
-        keep = (torch.rand(sequences, 1, 1, device=x.device) >= self.rate) / (1 - self.rate)
+        number, of = self.share
+        drawn = torch.rand(of * sequences, 1, 1, device=x.device)[number * sequences : (number + 1) * sequences]
+        keep = (drawn >= self.rate) / (1 - self.rate)
         if isinstance(layout, Ragged):
             keep = layout.pack(keep.expand(-1, layout.mask.shape[1], 1))
         return x * keep.to(x.dtype)

@@ -68,6 +68,12 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
     parallel.barrier()
+    alone = None if (out / "recipe.yaml").exists() else parallel.rank()
+    if strangers := [rank for rank in parallel.gather(alone) if rank is not None]:
+        raise UserError(
+            f"{out} is not the same folder for all processes (rank {strangers[0]} sees another): use a disk that they share"
+        )
+    method.share(parallel.rank(), parallel.world_size())
     method.recompute_blocks(recipe.machine.recompute)
     if recipe.machine.compile:
         method.compile_blocks()

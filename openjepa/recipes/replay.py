@@ -66,7 +66,8 @@ def replay(kept: Path) -> Iterator[str]:
     bad = 0
     for rank, file in enumerate(files):
         batch = read(file)
-        torch.manual_seed((rng.key(recipe.seed, "step") + found.step + rank) % 2**63)
+        torch.manual_seed((rng.key(recipe.seed, "step") + found.step) % 2**63)
+        method.share(rank, len(files))
         for part in batch.parts(recipe.optim.accumulate):
             here = part.to(device)
             with autocast():
