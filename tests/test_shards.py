@@ -341,7 +341,6 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    pytest.importorskip("aiohttp")
     for name, value in (("failures", 0), ("requests", []), ("ranges", True), ("delay", 0.0)):
         monkeypatch.setattr(Ranges, name, value)
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Ranges(*a, directory=str(tmp_path)))
