@@ -111,6 +111,48 @@ def test_killed_at_random_three_times_ends_in_the_same_bits(undisturbed, folder,
     assert strip[0] == strip[1]  # and the log has every step once
 
 
+def test_a_second_signal_ends_the_process_at_once(tiny, folder, tmp_path):
+    """While a step takes for ever: the first waits for it, the second does not."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\nfrom openjepa.cli import main\nfrom openjepa.methods.ijepa import IJEPA\n"
+        "IJEPA.begin_step = lambda self, epoch: (print('in it', flush=True), time.sleep(600)) if epoch >= 1 else None\nmain()"
+    )
+    (tmp_path / "recipe.yaml").write_text(to_yaml(tiny))
+    args = [
+        sys.executable,
+        "-u",
+        str(program),
+        "pretrain",
+        "--config",
+        str(tmp_path / "recipe.yaml"),
+        "--data",
+        str(folder),
+    ]
+    process = subprocess.Popen(
+        [*args, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stderr
+    while "in it" not in process.stdout.readline():
+        assert process.poll() is None
+    while not checkpoints(tmp_path / "run"):  # of the epoch before, written meanwhile
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    while "once more to stop at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path / "run")[-1].step == 5
+
+
+def test_the_newest_and_every_so_many_checkpoints_stay(tiny, folder, tmp_path):
+    values = {"machine.checkpoint_every": "0.2", "machine.keep": "2", "machine.keep_every": "0.8"}
+    pretrain(override(tiny, values), str(folder), tmp_path / "run", QUIET)
+    assert [found.step for found in checkpoints(tmp_path / "run")] == [4, 8, 9, 10]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(undisturbed, folder, tmp_path, number):
     recipe, reference = undisturbed

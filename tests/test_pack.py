@@ -1,6 +1,7 @@
 """Claims about `openjepa pack`: what was packed is what was there, in shards that are the same each time."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +127,9 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         pack(str(folder), tmp_path / "out", 10**6, QUIET)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_store_is_no_folder_of_this_machine(folder, monkeypatch, capsys):
+    told = refused(monkeypatch, capsys, "pack", str(folder), "s3://bucket/packed")
+    assert "is not a folder of this machine" in told
+    assert not Path("s3:").exists()

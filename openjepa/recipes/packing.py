@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ def pack(spec: str, out: Path, shard_bytes: int, console: Console) -> Packed:
     Encoded images are copied as they are, others become PNG. What cannot be decoded is left out and named in SKIPPED_NAME.
     Raises UserError; then OUT is not there.
     """
+    if "://" in str(out) or re.match(r"\w+:/", str(out)):
+        raise UserError(f"--out {out} is not a folder of this machine: pack here, then copy the folder as it is")
     refuse_full(out)
     refuse_unwritable(out)
     source = open_source(spec)
