@@ -22,6 +22,7 @@ from openjepa.errors import UserError
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override, to_yaml
+from openjepa.recipes.replay import replay
 from openjepa.recipes.report import report
 
 QUIET = Console(quiet=True)
@@ -315,6 +316,12 @@ def test_no_checkpoint_is_written_while_steps_are_not_finite(tiny, folder, tmp_p
     saved = [found.step for found in checkpoints(tmp_path / "run")]
     assert not set(saved) & set(bad)
     assert f"the newest checkpoint is of step {saved[-1]}, before them" in str(told.value)
+    kept = Path(str(told.value).rpartition("openjepa replay ")[2])
+    assert kept == tmp_path / "run" / "bad_steps" / f"step-{bad[-1]:08}"
+    lines = list(replay(kept))
+    assert lines[0].startswith(f"step {bad[-1]}, 1 part")
+    assert lines[-1] == "8 images have a loss that is not finite"
+    assert "first not finite after " in lines[1]
 
 
 def test_bad_images_are_noted_with_every_checkpoint(tiny, folder, tmp_path):

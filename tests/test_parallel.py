@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,19 +82,19 @@ def many(fifty, folder, tmp_path_factory) -> Path:
     config = out / "recipe.yaml"
     config.write_text(to_yaml(fifty))
     fsdp = {"machine.strategy": "fsdp", "machine.recompute": "selective"}
-    plans = {
-        1: [("one", {}), ("full", {"machine.recompute": "full"}), ("dropping-1", DROPPING)],
-        2: [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {}), ("dropping-2", DROPPING)],
-        4: [("ddp-4", {}), ("fsdp-4", {**fsdp, "machine.recompute": "full"}), ("moved", fsdp)],
-    }
-    for ranks, runs in plans.items():
-        if ranks > 1:  # as if it had been stopped there
+    plans = [
+        (1, 0, [("one", {}), ("full", {"machine.recompute": "full"}), ("dropping-1", DROPPING)]),
+        (2, 15, [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {}), ("dropping-2", DROPPING)]),
+        (4, 30, [("ddp-4", {}), ("fsdp-4", {**fsdp, "machine.recompute": "full"}), ("moved", fsdp)]),
+        (1, 40, [("moved", {})]),
+    ]
+    for ranks, stopped, runs in plans:
+        if stopped:  # as if it had been, there
             moved = out / "moved"
-            source = out / {2: "one", 4: "moved"}[ranks]
             if not moved.exists():
-                subprocess.run(["cp", "-r", str(source), str(moved)], check=True)
-            for newer in [c for c in checkpoints(moved) if c.step > {2: 15, 4: 30}[ranks]]:
-                subprocess.run(["rm", "-r", str(newer.path)], check=True)
+                shutil.copytree(out / "one", moved)
+            for newer in [c for c in checkpoints(moved) if c.step > stopped]:
+                shutil.rmtree(newer.path)
         done = launch(ranks, RUNS.format(runs=runs), out, config, folder, out)
         assert done.returncode == 0, done.err[-3000:]
     return out
