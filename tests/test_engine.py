@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from openjepa.engine.checkpoint import checkpoints
+from openjepa.engine.run import alone
 from openjepa.errors import UserError
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
@@ -146,6 +147,16 @@ def test_a_second_signal_ends_the_process_at_once(tiny, folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
     assert checkpoints(tmp_path / "run")[-1].step == 5
+
+
+def test_a_run_that_another_process_trains_is_refused_before_anything_is_written(tiny, folder, tmp_path):
+    pretrain(tiny, str(folder), tmp_path / "run", QUIET)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    held = alone(tmp_path / "run")
+    with pytest.raises(UserError, match="another process is training in"):
+        pretrain(override(tiny, {"machine.keep": "3"}), str(folder), tmp_path / "run", QUIET)
+    os.close(held)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
 def test_the_newest_and_every_so_many_checkpoints_stay(tiny, folder, tmp_path):

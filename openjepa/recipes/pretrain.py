@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from openjepa.engine.device import pick_autocast, pick_device, pick_precision, p
 from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
-from openjepa.engine.run import Run
+from openjepa.engine.run import Run, alone
 from openjepa.engine.train import train
 from openjepa.engine.whole import make_folder, write_whole
 from openjepa.errors import UserError, first_line
@@ -68,8 +69,8 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
     parallel.barrier()
-    alone = None if (out / "recipe.yaml").exists() else parallel.rank()
-    if strangers := [rank for rank in parallel.gather(alone) if rank is not None]:
+    stranger = None if (out / "recipe.yaml").exists() else parallel.rank()
+    if strangers := [rank for rank in parallel.gather(stranger) if rank is not None]:
         raise UserError(
             f"{out} is not the same folder for all processes (rank {strangers[0]} sees another): use a disk that they share"
         )
@@ -153,6 +154,7 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     """Make the run's folder, or see that it was made by the same recipe from the same images. Raises UserError."""
     about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
     if (out / "recipe.yaml").exists():
+        os.close(alone(out))  # refused before anything is written
         begun = saved_recipe(out)
         if not (out / "data.json").exists():  # imported, no step taken yet: its networks alone are given
             begun = replace(recipe, model=begun.model, predictor=begun.predictor)
