@@ -200,8 +200,9 @@ def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on
     args = command(override(recipe, {"machine.workers": "2"}), folder, run, tmp_path / "recipe.yaml")
     for step in range(6, 6 + 20 * times, 20):
         process = subprocess.Popen(
-            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},  # torch's, of more workers than cores
+        )  # fmt: skip
         wait_for_step(run, step, process)
         assert process.poll() is None, (process.returncode, process.communicate())
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
