@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from openjepa.errors import UserError
-from openjepa.masking import Masks
+from openjepa.masking import MaskingConfig, Masks
 from openjepa.methods.method import Method
 from openjepa.models.layers import normalised_patches, patchify, take
 from openjepa.models.predictor import Predictor, PredictorConfig
@@ -34,6 +34,9 @@ class MAEConfig:
             )
         if self.decoder_width < 4 or self.decoder_depth < 1:
             raise UserError("mae.decoder_width must be at least 4, mae.decoder_depth at least 1")
+
+
+MASKING = MaskingConfig(strategy="random", hidden=0.75, min_keep=1)  # the paper's, and its recipes'
 
 
 class MAE(Method):

@@ -15,7 +15,7 @@ from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
 from openjepa.methods.ibot import IBOT
 from openjepa.methods.ijepa import IJEPA
-from openjepa.methods.mae import MAE
+from openjepa.methods.mae import MAE, MASKING
 from openjepa.methods.method import Method
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ METHODS = {
         one_view,
         check_mae,
         class_token=True,
-        begins={"masking": masking.MaskingConfig(strategy="random", hidden=0.75, min_keep=1)},
+        begins={"masking": MASKING},
     ),
     "ibot": Family(
         IBOT,
