@@ -114,7 +114,9 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             features,
             knn,
             name=source.name,
-            dump=lambda done, batch: str(dump(out, recipe, done, batch, method, optimizer)),
+            dump=lambda done, batch: str(
+                dump(out, recipe, done, done / schedule.steps_per_epoch, batch, method, optimizer)
+            ),
             roll=roll,
         )
         train(

@@ -31,11 +31,12 @@ from openjepa.recipes.methods import inputs
 from openjepa.recipes.recipe import Recipe, to_yaml
 
 
-def dump(run: Path, recipe: Recipe, done: int, batch: Batch, method: nn.Module, optimizer: Optimizer) -> Path:
+def dump(run: Path, recipe: Recipe, done: int, epoch: float, batch: Batch, method: nn.Module,
+         optimizer: Optimizer) -> Path:  # fmt: skip
     """Keep the step after `done` steps, on every rank its batch. Returns the folder. Raises UserError."""
     out = run / "bad_steps" / f"step-{done + 1:08}"
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(out, done, method, optimizer, {})
+    checkpoint.save(out, done, method, optimizer, {"epoch": epoch})
     masks = {f"masks.{k}": v for k, v in vars(batch.masks).items() if isinstance(v, Tensor)}
     tensors = {"images": batch.images, "small": batch.small, "indices": torch.from_numpy(batch.indices), **masks}
     save_file(
@@ -60,6 +61,7 @@ def replay(kept: Path) -> Iterator[str]:
     method = build(recipe)
     load_strict(method, found.weights(), str(found.path))
     method = method.to(device).train()
+    method.begin_step(found.state().get("epoch", 0.0))
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
     yield f"step {found.step + 1}, {len(files)} {'part' if len(files) == 1 else 'parts'}, {recipe.precision} on {device}"
