@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openjepa.convert import formats, native, released
@@ -18,6 +20,7 @@ from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import environment, read_metrics
 from openjepa.engine.whole import new_folder, refuse_full, write_whole
 from openjepa.errors import UserError, nearest
+from openjepa.methods.method import Method
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
@@ -77,6 +80,39 @@ def ready(vit: ViT, weights: dict[str, Tensor], mean: tuple[float, ...], std: tu
           where: str) -> Encoder:  # fmt: skip
     load_strict(vit, weights, where)
     return Encoder(vit.eval().requires_grad_(False), Normalise(mean, std), network).eval()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All networks of a run as a checkpoint has them, on the CPU, with nothing left to learn."""
+
+    run: Path
+    step: int
+    recipe: Recipe
+    method: Method
+
+    @property
+    def normalise(self) -> Normalise:
+        return Normalise(self.recipe.data.mean, self.recipe.data.std)
+
+    def fingerprint(self) -> str:
+        """Of all networks' weights: what is made for one run is refused by another."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.method.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_run(source: str | Path, method: str | None = None) -> Trained:
+    """A run, or one of its checkpoints, with all its networks. method: what it must be of. Raises UserError."""
+    folder, found = checkpoint.locate(Path(source))
+    recipe = saved_recipe(folder)
+    if method not in (None, recipe.method):
+        raise UserError(f"{source} is a run of {recipe.method}, and this needs one of {method}")
+    networks = build(recipe)
+    load_strict(networks, found.weights(), str(found.path))
+    return Trained(folder, found.step, recipe, networks.eval().requires_grad_(False))
 
 
 def network_weights(found: Checkpoint, network: str) -> dict[str, Tensor]:
