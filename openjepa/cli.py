@@ -222,7 +222,7 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     try:
         measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json, **asked)
     except Interrupted as stop:
-        print("stopped: nothing of this measurement is kept", file=sys.stderr)
+        print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(stop.status)
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from openjepa.bench import compare as bench
 from openjepa.bench.compare import contestants, seconds_of
+from openjepa.engine.run import Interrupted
 from openjepa.errors import UserError
+from openjepa.see.figures import comparison_figure
 from tests.helpers import command, refused
 
 SMALL = [
@@ -52,6 +54,67 @@ def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
     assert all(0 < row[metric] < 1 for row in rows for metric in ("knn", "linear"))
 
 
+@pytest.fixture
+def quick(monkeypatch) -> list[tuple[str, int]]:
+    """Contestants that show what they always show; which were asked, with their seeds."""
+    asked = []
+
+    def looked_at(name, recipe, *_):
+        asked.append((name, recipe.seed))
+        if len(asked) == 4:
+            raise Interrupted("checkpoint written", 75)
+        return [{**bench.control(name, recipe.seed, {"knn": 0.5, "linear": 0.5}), "step": 5, "seconds": 1.0}]
+
+    monkeypatch.setattr(bench, "looked_at", looked_at)
+    monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=1, min_steps=1))
+    return asked
+
+
+def test_a_stopped_comparison_goes_on_with_the_next_contestant(quick, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "here.json"
+    file.write_text(json.dumps({"masks": {"rows": []}}))
+    words = ["bench", "compare", "--data", "scenes:80", "--seeds", "0,1", "--out", str(file), *SMALL]
+    name = "compare, scenes:80, 0,1"
+    status, _, said = command(monkeypatch, capsys, *words)
+    assert status == 75
+    assert said == f"stopped: 6 rows are kept in {file}: the same command goes on\n"
+    kept = json.loads(file.read_text())
+    assert list(kept) == ["masks", f"{name} (unfinished)"]
+    assert [row["who"] for row in kept[f"{name} (unfinished)"]["rows"][::2]] == ["ijepa", "mae", "ibot"]
+    status, _, said = command(monkeypatch, capsys, *words)
+    assert status == 0
+    assert f"{file}: going on after 6 rows" in said
+    assert quick[4:] == [("ijepa", 1), ("mae", 1), ("ibot", 1)]
+    done = json.loads(file.read_text())
+    assert list(done) == ["masks", name]
+    assert done[name]["rows"][:6] == kept[f"{name} (unfinished)"]["rows"]
+    assert len(done[name]["rows"]) == 13
+
+
+def test_what_another_command_kept_is_measured_anew(quick, monkeypatch, capsys, tmp_path):
+    words = ["bench", "compare", "--data", "scenes:80", "--seeds", "0,1", "--out", str(tmp_path / "here.json")]
+    assert command(monkeypatch, capsys, *words, *SMALL)[0] == 75
+    status, _, said = command(monkeypatch, capsys, *words, *SMALL, "--model.heads", "2")
+    assert status == 0
+    assert "another command's or environment's: all is measured anew" in said
+    assert len(quick) == 4 + 6
+
+
+def test_a_comparison_that_keeps_nothing_says_so(quick, monkeypatch, capsys):
+    status, _, said = command(monkeypatch, capsys, "bench", "compare", "--data", "scenes:80", "--seeds", "0,1", *SMALL)
+    assert (status, said) == (75, "stopped: nothing of this measurement is kept\n")
+
+
+def test_every_contestant_has_its_line_however_many_there_are():
+    rows = [
+        {**bench.control(name, 0, {"knn": 0.5, "linear": 0.5}), "step": step, "seconds": float(step)}
+        for name in "abcdefgh"
+        for step in (1, 2)
+    ]
+    figure = comparison_figure([*rows, bench.control("raw pixels", 0, {"knn": 0.4, "linear": 0.4})])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*"abcdefgh", "raw pixels"]
+
+
 def test_ablations_are_contestants_like_others():
     plain, pixels = contestants(["ijepa", "ijepa:loss.target=pixels:masking.targets=2"], {"model.depth": "1"})
     assert plain.recipe.loss.target == "encoder"
@@ -79,6 +142,9 @@ def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
         (["--budget", "soon"], "give a time such as"),
         (["--budget", "0s"], "give a time such as"),
         (["--seeds", "one"], "give whole numbers"),
+        (["--seeds", "0,0"], "each once"),
+        (["--methods", "ijepa,ijepa:predictor.width=100", "--data", "scenes:80", *SMALL], "set predictor.heads"),
+        (["--methods", "ijepa,mae:data.batch_size=90", "--data", "scenes:80", *SMALL], "larger than the data set"),
         (["--masking.hidden", "0.5"], "'masking' is a part of ijepa and mae"),
         (["--data", "nowhere"], "nowhere"),
     ],

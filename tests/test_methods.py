@@ -75,6 +75,12 @@ def test_workers_make_the_batches_of_the_main_process(folder):
     assert sum(half.masks.total for half in halves) == mine.masks.total
 
 
+def test_dino_hides_nothing(folder):
+    recipe = override(recipe_of("ibot"), {"ibot.patch_weight": "0"})
+    steps = Steps(open_source(str(folder)), recipe.data, METHODS["ibot"].views(recipe), 0)
+    assert [steps.batch(step).masks.total for step in range(3)] == [0, 0, 0]
+
+
 def test_what_was_trained_is_loaded_evaluated_and_drawn(trained, folder):
     name = saved_recipe(trained).method
     encoder = openjepa.load(trained)
@@ -142,6 +148,8 @@ def test_another_method_begins_at_its_own_values():
         ("ibot", {"crops.small": "65"}, "crops.small is 65"),
         ("ibot", {"model.class_token": "false"}, "set model.class_token true"),
         ("ibot", {"token_masking.hidden": "0.001,0.002"}, "hides no patch"),
+        ("ibot", {"token_masking.masked": "0"}, "token_masking.masked 0 hides no patch"),
+        ("ibot", {"token_masking.masked": "-1"}, "a share is between 0 and 1"),
         ("ibot", {"token_masking.hidden": "0.5,1"}, "hide some and leave some"),
         ("ibot", {"ibot.teacher_temperature": "0"}, "must be above 0"),
         ("ibot", {"optim.clip_each": "-1"}, "optim.clip_each is -1"),

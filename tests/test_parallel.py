@@ -62,7 +62,11 @@ def losses(run: Path) -> list[float]:
     return [m["loss"] for m in read_metrics(run) if "loss" in m]
 
 
+SHORT = {"schedule.epochs": "4", "schedule.warmup_epochs": "0.5"}
 DROPPING = {"model.drop_path": "0.5", "schedule.epochs": "2", "schedule.warmup_epochs": "0.5"}
+MAE = {"method": "mae", "mae.decoder_width": "16", "mae.decoder_depth": "1", "mae.decoder_heads": "2", **SHORT}
+IBOT = {"method": "ibot", "ibot.prototypes": "32", "ibot.hidden": "16", "ibot.bottleneck": "8", "crops.small": "2",
+        "crops.small_size": "16,16", "ibot.norm_last_layer": "false", "optim.clip_each": "0.3", **SHORT}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +86,16 @@ def many(fifty, folder, tmp_path_factory) -> Path:
     config = out / "recipe.yaml"
     config.write_text(to_yaml(fifty))
     fsdp = {"machine.strategy": "fsdp", "machine.recompute": "selective"}
+    methods = {"mae": MAE, "ibot": IBOT}
+    alone = [(f"{name}-1", values) for name, values in methods.items()]
+    together = [
+        (f"{name}-{how['machine.strategy']}", values | how)
+        for name, values in methods.items()
+        for how in (fsdp, {"machine.strategy": "ddp"})
+    ]
     plans = [
-        (1, 0, [("one", {}), ("full", {"machine.recompute": "full"}), ("dropping-1", DROPPING)]),
-        (2, 15, [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {}), ("dropping-2", DROPPING)]),
+        (1, 0, [("one", {}), ("full", {"machine.recompute": "full"}), ("dropping-1", DROPPING), *alone]),
+        (2, 15, [("ddp-2", {}), ("fsdp-2", fsdp), ("moved", {}), ("dropping-2", DROPPING), *together]),
         (4, 30, [("ddp-4", {}), ("fsdp-4", {**fsdp, "machine.recompute": "full"}), ("moved", fsdp)]),
         (1, 40, [("moved", {})]),
     ]
@@ -126,6 +137,22 @@ def test_the_same_branches_are_dropped_on_any_number_of_ranks(many):
     apart = max((one[key] - two[key]).abs().max().item() for key in one)
     assert apart < 1e-5
     assert max((one[key] - plain[key]).abs().max().item() for key in one) > 1e-3  # it does drop
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["mae", "ibot"])
+def test_nor_do_they_change_what_another_method_learns(many, method, strategy):
+    """iBOT's teacher and the centres of its logits, means over the images of all ranks, among it."""
+    alone, together = many / f"{method}-1", many / f"{method}-{strategy}"
+    assert len(losses(alone)) == 20
+    assert np.allclose(losses(alone), losses(together), rtol=1e-5, atol=0)
+    reference, found = (checkpoints(run)[-1].weights() for run in (alone, together))
+    assert found.keys() == reference.keys()
+    assert {"centres", "target_head.mlp.0.weight"} <= found.keys() or method == "mae"
+    for key, expected in reference.items():
+        assert torch.allclose(found[key], expected, rtol=1e-3, atol=1e-4), key
+    if method == "ibot":
+        assert reference["centres"].abs().min(1).values.max() > 0  # both kinds moved
 
 
 def test_folders_that_are_not_shared_are_refused(fifty, folder, tmp_path):

@@ -1,7 +1,8 @@
 """`openjepa bench compare`: methods on the same images, with the same encoder, for the same time (the paper's figures 1 and 5).
 
 Each contestant first shows its pace, then gets as many steps as the budget holds, its schedule stretched over them. It is
-looked at several times on the way; looking does not count. Beside all of them stand random weights and raw pixels.
+looked at several times on the way; looking does not count. Beside all of them stand random weights and raw pixels. What a
+contestant has shown is kept, so that a comparison that was stopped goes on with the next.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -124,11 +125,15 @@ class Jury:
 
 
 def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "ijepa,mae,ibot", budget: str = "30min",
-            seeds: str = "0", values: Mapping[str, str] | None = None) -> Rows:  # fmt: skip
-    """Rows: a look at a contestant, with its seconds and steps of training; then the controls. Raises UserError."""
+            seeds: str = "0", values: Mapping[str, str] | None = None, begun: Rows | None = None,
+            keep: Callable[[Rows], None] = lambda rows: None) -> Rows:  # fmt: skip
+    """Rows: a look at a contestant, with its seconds and steps of training; then the controls. Raises UserError.
+
+    begun: rows that were kept before, whose contestants are not asked again. keep: gets all rows so far, after each contestant.
+    """
     entered, limit = contestants(methods.split(","), values or {}), seconds_of(budget)
-    if not re.fullmatch(r"\d+(,\d+)*", seeds):
-        raise UserError(f"--seeds {seeds}: give whole numbers, such as 0,1")
+    if not re.fullmatch(r"\d+(,\d+)*", seeds) or len(set(seeds.split(","))) <= seeds.count(","):
+        raise UserError(f"--seeds {seeds}: give whole numbers, each once, such as 0,1")
     first = entered[0].recipe
     alike = {
         (c.recipe.model.image_size, c.recipe.model.patch_size, c.recipe.model.dim, c.recipe.model.n_blocks)
@@ -138,6 +143,7 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
         raise UserError("the methods' recipes have other encoders or images: a comparison needs the same")
     device, size = pick_device(first.machine.device), first.model.image_size
     source = open_source(spec, size)
+    refuse_late_mistakes(entered, len(source))
     jury = Jury(
         source,
         open_source(test, size) if test else None,
@@ -146,16 +152,26 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
         device,
     )
     precision = pick_precision("auto", device)
-    rows: Rows = []
+    rows = list(begun or [])
+    seen = {(row["who"], row["seed"]) for row in rows}
     for seed in map(int, seeds.split(",")):
         for contestant in entered:
+            if (contestant.name, seed) in seen:
+                continue
             recipe = replace(contestant.recipe, seed=seed, precision=precision)
-            rows += looked_at(contestant.name, recipe, spec, source, limit, jury)
-            rows.append(
-                control(f"{contestant.name}, random weights", seed, jury.encoder(random_encoder(recipe), precision))
-            )
-    rows.append(control("raw pixels", 0, jury.pixels()))
-    return rows
+            looks = looked_at(contestant.name, recipe, spec, source, limit, jury)
+            chance = jury.encoder(random_encoder(recipe), precision)
+            rows += [*looks, control(f"{contestant.name}, random weights", seed, chance)]
+            keep(rows)
+    return [*rows, control("raw pixels", 0, jury.pixels())]
+
+
+def refuse_late_mistakes(entered: Sequence[Contestant], images: int) -> None:
+    """Raises UserError now for what would stop a contestant after the hours of those before it."""
+    for contestant in entered:
+        steps_per_epoch(images, contestant.recipe.data.batch_size)
+        with torch.device("meta"):
+            METHODS[contestant.recipe.method].build(contestant.recipe)
 
 
 def control(name: str, seed: int, scores: Mapping[str, float]) -> dict[str, object]:

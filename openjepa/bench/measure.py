@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from openjepa.bench.fleet import fleet
 from openjepa.bench.peers import against
 from openjepa.bench.soak import soak
 from openjepa.bench.train import profile, techniques, train
-from openjepa.engine.run import environment
+from openjepa.engine.run import Interrupted, environment
 from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 
@@ -49,15 +49,16 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "soak": soak,
     "compare": compare,
 }
+LONG = ("compare",)  # those whose rows are kept as they come
 FIGURES = {"scaling": "cost_figure", "compare": "comparison_figure", "fleet": "fleet_figure"}
-NAMED = ("methods", "budget")  # of what was asked, that tells one measurement from another
+NAMED = ("methods", "budget", "seeds")  # of what was asked, that tells one measurement from another
 
 
 def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
             as_json: bool = False, **asked: Any) -> None:  # fmt: skip
     """Measure and say what was found. peer, spec, plot, asked: of some measurements alone; out: a file of many measurements.
 
-    Raises UserError, before anything is measured, for what could not be kept.
+    Raises UserError, before anything is measured, for what could not be kept; Interrupted, saying what of it was.
     """
     if what not in BENCHES:
         raise UserError(f"unknown measurement '{what}': one of {', '.join(BENCHES)}{nearest(what, BENCHES)}")
@@ -73,19 +74,35 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
         raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
     if out:
         kept(out)
-    begun = time.strftime("%Y-%m-%d %H:%M")
     given = {name: value for name, value in asked.items() if value}
-    rows = against(peer) if peer else BENCHES[what](spec, **given) if spec else BENCHES[what](**given)
     name = ", ".join([what, *filter(None, (peer, spec)), *(f"{v}" for k, v in given.items() if k in NAMED)])
     command = shlex.join(["openjepa", *sys.argv[1:]])
-    record = {"command": command, "date": begun, "environment": environment(), "rows": rows}
+    record: dict[str, Any] = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "environment": environment(),
+        "rows": [],
+    }
+    if out and what in LONG:
+        record = begun(out, name, record)
+
+        def keep(rows: Rows) -> None:
+            record["rows"] = rows
+            add(out, unfinished(name), record)
+
+        given |= {"begun": record["rows"], "keep": keep}
+    try:
+        rows = against(peer) if peer else BENCHES[what](spec, **given) if spec else BENCHES[what](**given)
+    except Interrupted as stop:
+        left = f"{len(record['rows'])} rows are kept in {out}: the same command goes on"
+        raise Interrupted(left if record["rows"] else "nothing of this measurement is kept", stop.status) from stop
+    record["rows"] = rows
     if plot:
         from openjepa.see import figures
 
         getattr(figures, FIGURES[what])(rows).savefig(plot, dpi=150)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, json.dumps({**kept(out), name: record}, indent=1) + "\n")
+        add(out, name, record, gone=unfinished(name))
     if as_json:
         print(json.dumps({"bench": name, **record}, indent=1))
     else:
@@ -96,9 +113,37 @@ def kept(file: Path) -> dict[str, Any]:
     """The measurements that a file holds. Raises UserError for another kind of file, or where none can be written."""
     refuse_unwritable(file.parent)
     try:
-        return {**json.loads(file.read_text())} if file.exists() else {}
+        found = {**json.loads(file.read_text())} if file.exists() else {}
+        if odd := [name for name, record in found.items() if not isinstance(record, dict)]:
+            raise ValueError(f"'{odd[0]}' is none")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--out {file} holds no measurements: {first_line(error)}") from error
+
+
+def add(file: Path, name: str, record: Mapping[str, Any], gone: str | None = None) -> None:
+    """Keep a measurement beside others, in place of an earlier one by its name, and of another that is `gone` with it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    others = {key: value for key, value in kept(file).items() if key != gone}
+    write_whole(file, json.dumps({**others, name: record}, indent=1) + "\n")
+
+
+def unfinished(name: str) -> str:
+    """The name that a long measurement has in a file until it is done."""
+    return f"{name} (unfinished)"
+
+
+def begun(file: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the rows that the same command has kept, if it was stopped in the same environment."""
+    before = kept(file).get(unfinished(name))
+    if before is None:
+        return record
+    if any(before.get(key) != record[key] for key in ("command", "environment")):
+        print(f"{file}: what was kept is another command's or environment's: all is measured anew", file=sys.stderr)
+        return record
+    record = {**record, **before}
+    print(f"{file}: going on after {len(record['rows'])} rows", file=sys.stderr)
+    return record
 
 
 def table(name: str, rows: Rows) -> Table:

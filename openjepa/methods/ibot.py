@@ -29,7 +29,7 @@ class IBOTConfig:
     hidden: int = 2048  # of the head's MLP
     bottleneck: int = 256
     class_weight: float = 1.0  # of the loss between views
-    patch_weight: float = 1.0  # of the loss on hidden patches; 0 is DINO
+    patch_weight: float = 1.0  # of the loss on hidden patches; 0 is DINO, and nothing is hidden
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07  # of class tokens, after the warm-up
     patch_temperature: float = 0.07  # of patches, after the warm-up
@@ -89,9 +89,9 @@ class IBOT(Method):
     centres: Tensor  # [2, K], of class tokens and of patches
 
     def __init__(self, model: ViTConfig, config: IBOTConfig) -> None:
+        """model: with a class token, which every recipe's is (recipes/methods.py)."""
         super().__init__()
-        if not model.class_token:
-            raise UserError("iBOT compares class tokens: set model.class_token true")
+        assert model.class_token
         self.config = config
         self.encoder = ViT(model)
         self.head = Head(model.dim, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import DataConfig
 from openjepa.engine.monitors import MonitorsConfig
@@ -10,25 +12,31 @@ from openjepa.methods.mae import MASKING, MAEConfig
 from openjepa.models.vit import ViTConfig
 from openjepa.recipes.recipe import Recipe
 
-AUGMENT = AugmentConfig(crop_scale=(0.2, 1.0), flip=0.5)
-
 
 def rates(lr: float) -> OptimConfig:
     """Warm-up from 0, a half cosine to 0, constant weight decay."""
     return OptimConfig(lr=lr, start_lr=0.0, final_lr=0.0, weight_decay=0.05, final_weight_decay=0.05, betas=(0.9, 0.95))
 
 
-def paper(size: str, patch: int = 16) -> Recipe:
-    """The values that all of the paper's rows share: batch 4096, lr 1.5e-4 for each 256 images, 1600 epochs."""
+def recipe(
+    model: ViTConfig, batch: int, lr: float, epochs: float, warmup: float, mae: MAEConfig | None = None
+) -> Recipe:
+    """What all share: a class token, a quarter of the patches visible, a crop and a flip."""
     return Recipe(
         method="mae",
-        model=ViTConfig(size=size, patch_size=patch, class_token=True),
+        model=replace(model, class_token=True),
+        mae=mae or MAEConfig(),
         masking=MASKING,
-        data=DataConfig(batch_size=4096),
-        augment=AUGMENT,
-        optim=rates(1.5e-4 * 4096 / 256),
-        schedule=ScheduleConfig(epochs=1600, warmup_epochs=40),
+        data=DataConfig(batch_size=batch),
+        augment=AugmentConfig(crop_scale=(0.2, 1.0), flip=0.5),
+        optim=rates(lr),
+        schedule=ScheduleConfig(epochs=epochs, warmup_epochs=warmup),
     )
+
+
+def paper(size: str, patch: int = 16) -> Recipe:
+    """The values that all of the paper's rows share: batch 4096, lr 1.5e-4 for each 256 images, 1600 epochs."""
+    return recipe(ViTConfig(size=size, patch_size=patch), 4096, 1.5e-4 * 4096 / 256, 1600, 40)
 
 
 def mae_cifar10_cpu() -> Recipe:
@@ -37,31 +45,15 @@ def mae_cifar10_cpu() -> Recipe:
     openjepa pretrain --recipe mae_cifar10_cpu --data cifar10/train.parquet --out runs/mae
     800,000 crops, at 240 a second and core (docs/comparison.md, which has what it reached beside I-JEPA and iBOT).
     """
-    return Recipe(
-        method="mae",
-        model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6, class_token=True),
-        mae=MAEConfig(decoder_width=96, decoder_depth=3, decoder_heads=3),
-        masking=MASKING,
-        data=DataConfig(batch_size=64),
-        augment=AUGMENT,
-        optim=rates(1e-3),
-        schedule=ScheduleConfig(epochs=16, warmup_epochs=1),
-        monitors=MonitorsConfig(log_every=250),
-    )
+    model = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6)
+    decoder = MAEConfig(decoder_width=96, decoder_depth=3, decoder_heads=3)
+    return replace(recipe(model, 64, 1e-3, 16, 1, decoder), monitors=MonitorsConfig(log_every=250))
 
 
 def mae_imagenette() -> Recipe:
     """ViT-S/16 at 160 px on Imagenette, 200 epochs, one GPU; the encoder of ijepa_imagenette, to compare; not run yet."""
-    return Recipe(
-        method="mae",
-        model=ViTConfig(size="S", image_size=(160, 160), class_token=True),
-        mae=MAEConfig(decoder_width=192, decoder_depth=4, decoder_heads=6),
-        masking=MASKING,
-        data=DataConfig(batch_size=256),
-        augment=AUGMENT,
-        optim=rates(1e-3),
-        schedule=ScheduleConfig(epochs=200, warmup_epochs=10),
-    )
+    model = ViTConfig(size="S", image_size=(160, 160))
+    return recipe(model, 256, 1e-3, 200, 10, MAEConfig(decoder_width=192, decoder_depth=4, decoder_heads=6))
 
 
 def mae_vitb16() -> Recipe:

@@ -42,9 +42,10 @@ def one_view(recipe: Recipe) -> Views:
 
 
 def many_views(recipe: Recipe) -> Views:
-    """Two large crops of every image with hidden patches, and small ones."""
+    """Two large crops of every image with hidden patches, where these are asked about, and small ones."""
     crops = recipe.crops
-    masks = partial(hide_tokens, recipe.token_masking, recipe.model.grid, 2)
+    hidden = recipe.token_masking if recipe.ibot.patch_weight else replace(recipe.token_masking, masked=0.0)
+    masks = partial(hide_tokens, hidden, recipe.model.grid, 2)
     return Views(
         crops.large(recipe.augment), recipe.model.image_size, recipe.model.channels, masks,
         crops.little(recipe.augment), crops.small, crops.small_size,
@@ -80,13 +81,15 @@ def check_ibot(recipe: Recipe) -> None:
         raise UserError(
             f"crops.small_size {crops.small_size[0]}x{crops.small_size[1]} does not divide into patches of {patch} pixels"
         )
-    if recipe.ibot.patch_weight and not int(
-        recipe.token_masking.hidden[0] * recipe.model.grid[0] * recipe.model.grid[1]
-    ):
+    if not recipe.ibot.patch_weight:
+        return
+    (rows, columns), least = recipe.model.grid, recipe.token_masking.hidden[0]
+    if not int(least * rows * columns):
         raise UserError(
-            f"token_masking.hidden {recipe.token_masking.hidden[0]:g} of a {recipe.model.grid[0]}x{recipe.model.grid[1]} grid "
-            "hides no patch: raise it, or set ibot.patch_weight 0"
+            f"token_masking.hidden {least:g} of a {rows}x{columns} grid hides no patch: raise it, or set ibot.patch_weight 0"
         )
+    if not recipe.token_masking.masked:
+        raise UserError("token_masking.masked 0 hides no patch: raise it, or set ibot.patch_weight 0")
 
 
 def inputs(batch: Batch, normalise: nn.Module) -> tuple[Tensor, Masks | TokenMasks, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -280,7 +281,7 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
     for axes, metric in zip(figure.subplots(2, 2, sharex="col"), ("linear", "knn"), strict=True):
         for axis, along in zip(axes, ("seconds", "step"), strict=True):
-            for name, colour in zip(names, (BLUE, *TARGETS), strict=False):
+            for name, colour in zip(names, cycle((BLUE, *TARGETS)), strict=False):
                 mine = [row for row in rows if row["who"] == name]
                 begun = [row for row in rows if row["who"] == f"{name}, random weights"]
                 seeds = list(dict.fromkeys(row["seed"] for row in mine))
