@@ -216,6 +216,7 @@ def test_the_page_on_adding_a_method_is_true(folder, tmp_path):
         losses = [m["loss"] for m in read_metrics(tmp_path / "run") if "loss" in m]
         assert losses[-1] < losses[0]
         assert openjepa.load(tmp_path / "run").network == "target_encoder"
+        assert "coloured ones asked for" in report(tmp_path / "run").read_text()
     finally:
         for name in set(METHODS) - before:
             del METHODS[name]

@@ -24,12 +24,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)  # share of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0.0  # probability
-    jitter: tuple[float, float, float, float] = (
-        0,
-        0,
-        0,
-        0,
-    )  # most of brightness, contrast, saturation, hue; probability 0.8
+    jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # most of brightness, contrast, saturation, hue; for 80 %
     grey: float = 0.0  # probability
     blur: float = 0.0  # probability of a Gaussian of sigma 0.1 to 2 pixels
     solarise: float = 0.0  # probability that values of 128 and more are turned round

@@ -54,9 +54,10 @@ class IBOTConfig:
         """The teacher's for class tokens and for patches, in an epoch: linear from the first, then constant."""
         progress = min(1.0, int(epoch) / max(1, self.temperature_epochs - 1))
         first = self.first_temperature
-        return first + (self.teacher_temperature - first) * progress, first + (
-            self.patch_temperature - first
-        ) * progress
+        classes, patches = (
+            first + (last - first) * progress for last in (self.teacher_temperature, self.patch_temperature)
+        )
+        return classes, patches
 
 
 class Head(nn.Module):
@@ -86,6 +87,10 @@ class IBOT(Method):
     """Student and teacher, each an encoder and a head; the teacher follows the student and sees large crops, whole."""
 
     follows = {"target_encoder": "encoder", "target_head": "head"}  # noqa: RUF012
+    task = (
+        "The student sees a learned vector in place of the coloured patches, if any, and must tell what the teacher makes of them; "
+        "and it must tell alike what shows the same image."
+    )
     centres: Tensor  # [2, K], of class tokens and of patches
 
     def __init__(self, model: ViTConfig, config: IBOTConfig) -> None:

@@ -27,9 +27,7 @@ class LossConfig:
     """How far a prediction is from its target."""
 
     kind: Literal["released", "l2"] = "released"  # smooth-L1 on layer-normed targets, or the paper's formula
-    target: Literal["encoder", "pixels"] = (
-        "encoder"  # what is predicted: the target encoder's features, or pixels (table 7)
-    )
+    target: Literal["encoder", "pixels"] = "encoder"  # the target encoder's features are predicted, or pixels (table 7)
     target_mask: Literal["output", "input"] = "output"  # of the target encoder, that targets are cut from (table 11)
     variance: float = 0.0  # weight of VICReg's variance term on the pooled context, as in C-JEPA; not in the paper
     covariance: float = 0.0  # weight of its covariance term
@@ -82,6 +80,7 @@ class IJEPA(Method):
     """The context encoder, the predictor, and the target encoder that follows the context encoder."""
 
     follows = {"target_encoder": "encoder"}  # noqa: RUF012
+    task = "The context encoder sees the patches of the middle row; from them the predictor must tell what is in each coloured block."
 
     def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
         super().__init__()

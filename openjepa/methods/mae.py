@@ -46,6 +46,8 @@ class MAE(Method):
     position, and its final block computes the hidden patches alone: the same numbers as from a sequence in raster order.
     """
 
+    task = "The encoder sees the patches of the middle row; from them the decoder must paint the coloured ones."
+
     def __init__(self, model: ViTConfig, config: MAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -19,6 +19,9 @@ class Method(nn.Module):
     """Networks that learn, and those that follow them by exponential moving average."""
 
     follows: ClassVar[Mapping[str, str]] = {}  # a network that learns nothing itself: the one that it follows
+    task: ClassVar[str] = (
+        "The grey patches are hidden, the coloured ones asked for."  # below the masks of a run's report
+    )
     encoder: ViT
 
     @classmethod

@@ -24,13 +24,6 @@ from openjepa.see.report import Section, code, html_table, write_report
 
 SHOWN = 8  # images in a row
 SEARCHED = 1500  # images that neighbours are looked for in
-TASKS = {
-    "ijepa": "The context encoder sees the patches of the middle row; from them the predictor must tell the features of each "
-    "coloured block.",
-    "mae": "The encoder sees the patches of the middle row; from them the decoder must paint the coloured ones.",
-    "ibot": "The student sees a learned vector in place of the coloured patches, and must tell what the teacher makes of them; "
-    "and it must tell alike what shows the same image.",
-}
 
 
 def report(run: Path) -> Path:
@@ -41,9 +34,10 @@ def report(run: Path) -> Path:
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed)
     metrics, known = read_metrics(run), answers.read(run)
     sections = [section for records in together(known) for section in worth(records)]
-    masks = METHODS[recipe.method].views(recipe).masks(recipe.seed, 0, np.arange(SHOWN), np.arange(SHOWN))
+    family = METHODS[recipe.method]
+    masks = family.views(recipe).masks(recipe.seed, 0, np.arange(SHOWN), np.arange(SHOWN))
     drawn = figures.masks_figure(images[:SHOWN], masks, recipe.model.grid)
-    sections.append(Section("What it had to predict", TASKS[recipe.method], drawn))
+    sections.append(Section("What it had to predict", family.kind.task, drawn))
     if metrics:
         text = (
             "The loss alone says little: features that stop telling images apart also make it fall. "
