@@ -139,6 +139,11 @@ def test_the_same_branches_are_dropped_on_any_number_of_ranks(many):
     assert max((one[key] - plain[key]).abs().max().item() for key in one) > 1e-3  # it does drop
 
 
+def but_keys(name: str, weights: torch.Tensor) -> torch.Tensor:
+    """Without the biases of keys: a softmax does not see them, so their gradients are rounding alone, which AdamW makes whole steps of."""
+    return torch.cat(weights.chunk(3)[::2]) if name.endswith("qkv.bias") else weights
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["mae", "ibot"])
 def test_nor_do_they_change_what_another_method_learns(many, method, strategy):
@@ -150,7 +155,7 @@ def test_nor_do_they_change_what_another_method_learns(many, method, strategy):
     assert found.keys() == reference.keys()
     assert {"centres", "target_head.mlp.0.weight"} <= found.keys() or method == "mae"
     for key, expected in reference.items():
-        assert torch.allclose(found[key], expected, rtol=1e-3, atol=1e-4), key
+        assert torch.allclose(but_keys(key, found[key]), but_keys(key, expected), rtol=1e-3, atol=1e-4), key
     if method == "ibot":
         assert reference["centres"].abs().min(1).values.max() > 0  # both kinds moved
 
