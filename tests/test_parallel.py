@@ -140,7 +140,7 @@ def test_the_same_branches_are_dropped_on_any_number_of_ranks(many):
 
 
 def but_keys(name: str, weights: torch.Tensor) -> torch.Tensor:
-    """Without the biases of keys: a softmax does not see them, so their gradients are rounding alone, which AdamW makes whole steps of."""
+    """Without the biases of keys: no softmax sees them, so their gradients are rounding, which AdamW makes whole steps of."""
     return torch.cat(weights.chunk(3)[::2]) if name.endswith("qkv.bias") else weights
 
 

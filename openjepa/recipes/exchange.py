@@ -266,17 +266,17 @@ def with_decoder(source: str) -> Imported | None:
 
 
 def of_ijepa(run: Path, what: str) -> Recipe:
-    """The recipe of a run. Raises UserError if it is of a method that has no such thing."""
+    """The recipe of a run. Raises UserError, saying whose `what` is, if it is of another method."""
     recipe = saved_recipe(run)
     if recipe.method != "ijepa":
-        raise UserError(f"{run} is a run of {recipe.method}: {what} is I-JEPA's")
+        raise UserError(f"{run} is a run of {recipe.method}: {what}")
     return recipe
 
 
 def write_predictor(source: Path, file: Path) -> str:
     """The predictor has a format of its own nowhere; as plain tensors it can leave."""
     run, found = checkpoint.locate(source)
-    recipe = of_ijepa(run, "a predictor")
+    recipe = of_ijepa(run, "a predictor is I-JEPA's")
     about = {"predictor": asdict(recipe.predictor), "grid": recipe.model.grid, "encoder_width": recipe.model.dim}
     native.write_predictor(file, network_weights(found, "predictor"), about)
     return f"safetensors.torch.load_file({str(file)!r})"
@@ -285,7 +285,7 @@ def write_predictor(source: Path, file: Path) -> str:
 def write_released(source: Path, file: Path) -> str:
     """All three networks, optimiser and position of a run, as the published code saves them."""
     run, found = checkpoint.locate(source)
-    recipe = of_ijepa(run, "the released layout")
+    recipe = of_ijepa(run, "the released layouts are I-JEPA's and MAE's")
     if recipe.predictor.heads not in (None, recipe.model.n_heads):
         raise UserError("the released layout gives the predictor the encoder's heads, and predictor.heads differs")
     about: dict[str, Any] = {
