@@ -329,7 +329,7 @@ def test_layouts_refuse_what_they_cannot_carry(run, tmp_path):
         (tokens, "released", "cannot carry model.registers"),
         (without, "released", "this encoder has none"),
         (second, "hf", "cannot carry model.class_token"),
-        (second, "released", "is a run of ibot: the released layout is I-JEPA's"),
+        (second, "released", "is a run of ibot: the released layouts are I-JEPA's and MAE's"),
     ):
         with pytest.raises(UserError, match=says):
             export(str(source), form, tmp_path / "out")
