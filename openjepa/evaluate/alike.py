@@ -34,7 +34,9 @@ def groups(count: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[n
         group = connected_components(ties, directed=False)[1][group]
     order = np.argsort(group, kind="stable")
     cuts = np.flatnonzero(np.diff(group[order])) + 1
-    return sorted((found for found in np.split(order, cuts) if len(found) > 1), key=lambda found: (-len(found), found[0]))
+    return sorted(
+        (found for found in np.split(order, cuts) if len(found) > 1), key=lambda found: (-len(found), found[0])
+    )
 
 
 def kth_similarity(features: Tensor, k: int) -> Tensor:
