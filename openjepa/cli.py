@@ -252,8 +252,13 @@ def say(found: Any, as_json: bool) -> None:
     for name, value in said[0].items():
         table.add_column(name, justify="right" if isinstance(value, (int, float)) else "left", overflow="fold")
     for row in said:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else tail(str(value)) for value in row.values()))
     Console(highlight=False, markup=False).print(table)
+
+
+def tail(text: str, longest: int = 48) -> str:
+    """The end of a long path."""
+    return text if len(text) <= longest else "…" + text[1 - longest :]
 
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:

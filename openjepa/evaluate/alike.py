@@ -1,8 +1,9 @@
-"""Which of many features are alike, and which are like none: all pairs by cosine, a block of them at a time."""
+"""Which of many features are alike, and which are like none: by cosine, once what all of them share is taken away."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,55 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 TILE = 4096  # rows and columns of a block of pairs: 64 MB of similarities
+MOST, EACH, FEWEST = (
+    512,
+    10,
+    8,
+)  # directions that are kept, rows that each needs, and how many are kept of however few rows
+FLAT = 1e-6  # variance of a direction, beside the largest, that is rounding
+FIT = 50_000  # rows that directions are found from
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Features less their mean, every direction scaled to the same variance.
+
+    Pooled features of images lie close together, and differ mostly in a few directions, brightness for one: without this any two
+    have a cosine near 1. mean: float32 [places, D], a mean for each place of a patch in the grid, as features tell the place, too;
+    of whole images there is one. directions: float32 [D, d].
+    """
+
+    mean: np.ndarray
+    directions: np.ndarray
+
+    def __call__(self, features: np.ndarray, places: np.ndarray | int = 0) -> np.ndarray:
+        """[n, D] to float32 [n, d]. places: int [n]."""
+        return (features.astype(np.float32) - self.mean[places]) @ self.directions
+
+
+def whitening(
+    batches: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]], rows: int, places: int, dim: int
+) -> Whitening:
+    """Of features [n, D] and their places, int [n], batch by batch; they are gone through twice."""
+    total, count = np.zeros((places, dim)), np.zeros(places)
+    for features, place in batches():
+        np.add.at(count, place, 1)
+        for at in np.unique(place):
+            total[at] += features[place == at].sum(0, dtype=np.float64)
+    mean = (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+    covariance, step, used = (
+        np.zeros((dim, dim)),
+        max(1, rows // FIT) | 1,
+        0,
+    )  # odd: of a grid's places it leaves out none
+    for features, place in batches():
+        centred = (features[::step].astype(np.float32) - mean[place[::step]]).astype(np.float64)
+        covariance += centred.T @ centred
+        used += len(centred)
+    variances, axes = np.linalg.eigh(covariance / used)
+    kept = min(MOST, max(FEWEST, rows // EACH), int((variances > FLAT * variances[-1]).sum()))
+    variances, axes = variances[::-1][: max(1, kept)], axes[:, ::-1][:, : max(1, kept)]
+    return Whitening(mean, (axes / np.sqrt(np.maximum(variances, np.finfo(float).tiny))).astype(np.float32))
 
 
 def near_pairs(features: Tensor, above: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -156,12 +156,13 @@ def shown(raw: Raw, view: View, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Query:
-    """What to look for. vector: float32 [D], less the table's mean. tile: what was asked, to be drawn; none of an id alone."""
+    """What to look for. vector: float32 [d], as a table's are. raw: the image, none of an id that is not drawn. inside: of the
+    region's patches, bool [rows, columns]."""
 
     vector: np.ndarray
     raw: Raw | None
     name: str
-    inside: np.ndarray | None  # bool [rows, columns]
+    inside: np.ndarray | None
 
     def tile(self, view: View) -> Tile:
         part = None
@@ -176,25 +177,33 @@ class Query:
 def query(table: Table, image: str, region: Region | None, run: str | None, data: str | None, device: torch.device,
           drawn: bool) -> Query:  # fmt: skip
     """An image's file, or the id of one in the table; whole, or a region of it. Raises UserError."""
+    if region and not table.of_patches:
+        raise UserError(
+            f"{table.folder} holds whole images: a part of one is looked for among patches (openjepa embed --pool patches)"
+        )
     if Path(image).exists() or not image.isdecimal():
         try:
             raw: Raw = read_file(image)
         except (BadImage, OSError) as error:
             hint = "" if Path(image).exists() else ", nor the id of an image in the table"
             raise UserError(f"{image}: {first_line(error)}{hint}") from error
-        return asked(Looker(table, run, device), table, raw, image, region)
+        return of_image(Looker(table, run, device), table, raw, image, region)
     if not region and not drawn:
         return Query(table.vector(int(image)), None, image, None)
     vector = table.vector(int(image))
     raw = Pictures(table, data).raw(int(image))
     if not region:
         return Query(vector, raw, image, None)
-    return asked(Looker(table, run, device), table, raw, image, region)
+    return of_image(Looker(table, run, device), table, raw, image, region)
 
 
-def asked(looker: Looker, table: Table, raw: Raw, name: str, region: Region | None) -> Query:
+def of_image(looker: Looker, table: Table, raw: Raw, name: str, region: Region | None) -> Query:
+    """An image that need not be in the table, or, where the table holds patches, a region of it. Raises UserError."""
     patches, inside = looker.patches(raw, region, name)
-    return Query(patches[inside].mean(0) - table.mean, raw, name, inside if region else None)
+    if not table.of_patches:
+        return Query(table.whiten(patches.reshape(1, -1, patches.shape[-1]).mean(1))[0], raw, name, None)
+    vectors = table.whiten(patches[inside], np.flatnonzero(inside))
+    return Query(vectors.mean(0), raw, name, inside if region else None)
 
 
 def draw(rows: Sequence[Sequence[Tile]], file: Path) -> None:

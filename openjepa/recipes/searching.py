@@ -1,16 +1,19 @@
 """Search among images by their features: neighbours of an image or of a part of one, duplicates, outliers.
 
-`build` makes a LanceDB table of what `embed` wrote: a folder with features.lance and about.json. Its vectors are the features less
-their mean. All images share much of their features; what is left says how they differ, so that a cosine near 1 means alike.
+`build` makes a LanceDB table of what `embed` wrote: a folder with features.lance, about.json, and whitening.npz, which makes the
+table's vectors of features, as cosines say little without it.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from openjepa.engine.whole import new_folder, refuse_unwritable
 from openjepa.errors import UserError, first_line, needs
-from openjepa.evaluate.alike import groups, kth_similarity, near_pairs, similarities
+from openjepa.evaluate.alike import Whitening, groups, kth_similarity, near_pairs, similarities, whitening
 from openjepa.recipes.embedding import describe
 
 TABLE = "features"  # its name in the folder's data base
@@ -55,20 +58,30 @@ def build(features: Path, out: Path) -> Table:
         from lancedb.index import IvfFlat
     refuse_unwritable(out)
     with new_folder(out) as folder, pq.ParquetFile(features) as file:
-        mean = mean_of(file, about["dim"])
-        schema = file.schema_arrow.remove_metadata()
-        vector = pa.field("vector", schema.field("feature").type)
-        schema = schema.set(schema.get_field_index("feature"), vector)
-        parts = pa.RecordBatchReader.from_batches(
-            schema, (centred(batch, mean, schema) for batch in file.iter_batches(ROWS))
-        )
+        rows, (_, columns) = file.metadata.num_rows, about["grid"]
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch in file.iter_batches(ROWS, columns=[*place_columns(about), "feature"]):
+                yield matrix(batch.column("feature")), places(batch, columns)
+
+        count = math.prod(about["grid"]) if place_columns(about) else 1
+        whiten = whitening(batches, rows, count, about["dim"])
+        kept = [field for field in file.schema_arrow if field.name != "feature"]
+        dim, number = whiten.directions.shape[1], file.schema_arrow.field("feature").type.value_type
+        schema = pa.schema([*kept, pa.field("vector", pa.list_(pa.field("item", number), dim))])
+
+        def whitened() -> Iterator[pa.RecordBatch]:
+            for batch in file.iter_batches(ROWS):
+                vectors = whiten(matrix(batch.column("feature")), places(batch, columns)).astype(about["dtype"])
+                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
+                yield pa.RecordBatch.from_arrays([*(batch.column(field.name) for field in kept), column], schema=schema)
+
+        parts = pa.RecordBatchReader.from_batches(schema, whitened())
         table = lancedb.connect(str(folder)).create_table(TABLE, data=parts, schema=schema)
-        if table.count_rows() > LARGE:
-            table.create_index(
-                "vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions(table.count_rows()))
-            )
-        about |= {"rows": table.count_rows(), "mean": mean.tolist()}
-        (folder / "about.json").write_text(json.dumps(about) + "\n")
+        if rows > LARGE:
+            table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=partitions(rows)))
+        np.savez(folder / "whitening.npz", mean=whiten.mean, directions=whiten.directions)
+        (folder / "about.json").write_text(json.dumps(about | {"rows": rows}) + "\n")
     return Table(out)
 
 
@@ -76,29 +89,20 @@ def partitions(rows: int) -> int:
     return round(rows**0.5)
 
 
+def place_columns(about: dict[str, Any]) -> list[str]:
+    return ["row", "col"] if about["pool"] == "patches" else []
+
+
+def places(batch: pa.RecordBatch, columns: int) -> np.ndarray:
+    """The place of each row in the grid, which has so many columns: int [n]. Of whole images there is one."""
+    if "row" not in batch.schema.names or "col" not in batch.schema.names:
+        return np.zeros(len(batch), dtype=np.int64)
+    return batch.column("row").to_numpy() * columns + batch.column("col").to_numpy()
+
+
 def matrix(column: pa.FixedSizeListArray) -> np.ndarray:
     """[n, D]."""
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def mean_of(file: pq.ParquetFile, dim: int) -> np.ndarray:
-    """float32 [D]."""
-    total = np.zeros(dim)
-    for batch in file.iter_batches(ROWS, columns=["feature"]):
-        total += matrix(batch.column("feature")).sum(0, dtype=np.float64)
-    return (total / file.metadata.num_rows).astype(np.float32)
-
-
-def centred(batch: pa.RecordBatch, mean: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
-    values = matrix(batch.column("feature"))
-    vectors = (values.astype(np.float32) - mean).astype(values.dtype)
-    columns = [
-        pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), len(mean))
-        if name == "vector"
-        else batch.column(name)
-        for name in schema.names
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def opened(path: Path) -> Table:
@@ -121,8 +125,10 @@ class Table:
         self.folder = folder
         try:
             self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
-            self.rows, self.mean = int(self.about["rows"]), np.array(self.about["mean"], dtype=np.float32)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.rows = int(self.about["rows"])
+            with np.load(folder / "whitening.npz") as arrays:
+                self.whiten = Whitening(arrays["mean"], arrays["directions"])
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
             there = (
                 "it is no table of openjepa search build" if folder.exists() else "no such table or file of features"
             )
@@ -144,7 +150,7 @@ class Table:
     @property
     def columns(self) -> list[str]:
         """All but the vectors."""
-        return ["id", "path", *(["row", "col"] if self.of_patches else []), *self.about["labels"]]
+        return ["id", "path", *place_columns(self.about), *self.about["labels"]]
 
     def hit(self, row: dict[str, Any], score: float) -> Hit:
         labels = {column: names[row[column]] for column, names in self.about["labels"].items()}
@@ -152,15 +158,15 @@ class Table:
         return Hit(row["id"], row["path"], score, labels, place)
 
     def vector(self, index: int) -> np.ndarray:
-        """Of an image in the table, the mean of its patches' where it holds these. float32 [D]. Raises UserError."""
+        """Of an image in the table, the mean of its patches' where it holds these. float32 [d]. Raises UserError."""
         found = self.lance.search().where(f"id = {index}").select(["vector"]).limit(self.rows).to_arrow()
         if not len(found):
             raise UserError(f"{self.folder} holds no image {index}: ids go up to {self.about['images'] - 1}")
         return matrix(found.column("vector").combine_chunks()).astype(np.float32).mean(0)
 
     def all(self) -> tuple[pa.Table, Tensor]:
-        """Every row without and with its vector: float32 [n, D]."""
-        rows, vectors, first = [], torch.empty(self.rows, self.about["dim"]), 0
+        """Every row without its vector, and all vectors: float32 [n, d]."""
+        rows, vectors, first = [], torch.empty(self.rows, self.whiten.directions.shape[1]), 0
         for batch in self.lance.search().select([*self.columns, "vector"]).limit(self.rows).to_batches(ROWS):
             values = matrix(batch.column("vector")).astype(np.float32)
             vectors[first : first + len(values)] = torch.from_numpy(values)
@@ -169,7 +175,7 @@ class Table:
         return pa.Table.from_batches(rows), vectors
 
     def nearest(self, vector: np.ndarray, count: int) -> list[Hit]:
-        """Rows by cosine with a vector [D] that is less the mean; all are looked at up to LARGE rows, else an index is."""
+        """Rows by cosine with a vector [d]; all are looked at up to LARGE rows, else an index is."""
         query = self.lance.search(vector, vector_column_name="vector").distance_type("cosine")
         if self.rows > LARGE:
             query = query.nprobes(max(20, partitions(self.rows) // 10))
@@ -181,7 +187,7 @@ class Table:
 
 
 def neighbours(table: Table, vector: np.ndarray, k: int) -> list[Hit]:
-    """The k images nearest to a vector [D] that is less the mean; of a table of patches, each by its nearest patch.
+    """The k images nearest to a vector [d]; of a table of patches, each by its nearest patch.
 
     Raises UserError.
     """
