@@ -23,7 +23,6 @@ from openjepa.recipes.looking import Pictures, Region
 from openjepa.recipes.searching import Table, build, duplicates, neighbours, outliers
 from tests.helpers import command, encoded, refused
 
-pytest.importorskip("lancedb")
 QUIET = Console(quiet=True)
 SIZE, PATCH = (24, 40), 4  # of the trained run
 CPU = torch.device("cpu")
