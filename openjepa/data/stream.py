@@ -11,9 +11,10 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from openjepa.data.sources import Source
 from openjepa.errors import UserError, first_line
 from openjepa.masking import Masks, TokenMasks
 from openjepa.rng import Draws
+
+T = TypeVar("T")
 
 BAD_IN_A_ROW = 100
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
@@ -132,7 +135,13 @@ class Batch:
         return replace(self, images=change(self.images), small=small, masks=masks)
 
 
-class Steps(Dataset[Batch | UserError]):
+class Made(Dataset[T | UserError]):
+    """Items made of a source's images, each what it is or the UserError that making it met."""
+
+    source: Source
+
+
+class Steps(Made[Batch]):
     """Item s is the batch of step s (this rank's share), or the UserError that making it met."""
 
     def __init__(
@@ -224,18 +233,18 @@ def share(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
     return np.arange(batch_size).reshape(parts, ranks, -1)[:, rank].ravel()
 
 
-def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """The batches of steps start to end - 1, in order. Raises the UserError that making one met, or that a worker died."""
+def batches(steps: Made[T], start: int, end: int, workers: int, pin: bool) -> Generator[T, None, None]:
+    """Items start to end - 1, in order. Raises the UserError that making one met, or that a worker died."""
     if workers:
         with contextlib.suppress(OSError, BadImage):
             steps.source.read(0)  # what a source makes on first use is made once, not by every worker
-    loader = DataLoader(
+    loader: DataLoader[T | UserError] = DataLoader(
         steps,
         sampler=range(start, end),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
-        collate_fn=_same,  # type: ignore[arg-type]
+        collate_fn=_same,
         pin_memory=pin,
         worker_init_fn=_ignore_signals,
         timeout=LOOK_S if workers else 0,
@@ -255,7 +264,7 @@ def batches(steps: Steps, start: int, end: int, workers: int, pin: bool) -> Iter
             worker.kill()
 
 
-def next_of(made: Iterator[Batch | UserError], workers: Collection[BaseProcess]) -> Batch | UserError | None:
+def next_of(made: Iterator[T | UserError], workers: Collection[BaseProcess]) -> T | UserError | None:
     """The next that a loader makes, None at its end. Raises UserError where a worker has died, or nothing comes in STUCK_S."""
     for _ in range(round(STUCK_S / LOOK_S)):
         try:
@@ -299,7 +308,7 @@ def _no_errors_from_signals() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: T) -> T:
     return batch
 
 
