@@ -19,6 +19,7 @@ class Method(nn.Module):
     """Networks that learn, and those that follow them by exponential moving average."""
 
     follows: ClassVar[Mapping[str, str]] = {}  # a network that learns nothing itself: the one that it follows
+    represents: ClassVar[bool] = True  # training is for an encoder, whose features can be watched and asked for
     encoder: ViT
 
     @classmethod

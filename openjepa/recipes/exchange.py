@@ -53,6 +53,10 @@ def load(
             raise UserError(f"{source} is a run and knows its heads and image size: leave them out")
         folder, found = checkpoint.locate(Path(source))
         recipe = saved_recipe(folder)
+        if not METHODS[recipe.method].kind.represents:
+            raise UserError(
+                f"{source} is a decoder and holds no encoder: give the run that it was made for ({recipe.rcdm.run})"
+            )
         network = network or METHODS[recipe.method].kind.product_name()
         if not (weights := network_weights(found, network)):
             raise UserError(f"{source} is a run of {recipe.method}, which has no {network}: leave it out")
