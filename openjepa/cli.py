@@ -32,6 +32,8 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     try:
         with joined():
             recipe, data, out = training(args, pairs(rest), parallel.world_size())
+            if recipe.method == "rcdm":
+                raise UserError(f"a decoder is made for a run: openjepa decode train RUN --data {data} --out {out}")
             pretrain(recipe, data, out, Console())
             if parallel.rank() == 0:
                 print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")

@@ -48,11 +48,13 @@ def resize_weights(low: Tensor, high: Tensor, size: int, side: int) -> Tensor:
 
 
 def paste(images: Tensor, squares: Tensor, boxes: list[Rectangle]) -> Tensor:
-    """Images [B, C, H, W] with squares [B, C, S, S], resized, in their boxes; all else as it was."""
+    """Images [B, C, H, W], of 0 to 1 or uint8, with squares [B, C, S, S] of 0 to 1, resized, in their boxes; all else as it was."""
     result = images.clone()
     for image, square, (left, top, right, bottom) in zip(result, squares, boxes, strict=True):
-        size = (bottom - top, right - left)
-        image[:, top:bottom, left:right] = F.interpolate(square[None], size, mode="bilinear", antialias=True)[0]
+        painted = F.interpolate(square[None], (bottom - top, right - left), mode="bilinear", antialias=True)[0]
+        if not images.is_floating_point():
+            painted = (255 * painted).round().clamp(0, 255)
+        image[:, top:bottom, left:right] = painted.to(images.dtype)
     return result
 
 

@@ -35,17 +35,31 @@ def adm(config: RCDMConfig, lr: float = 1e-4) -> Recipe:
     )
 
 
-def rcdm_32_cpu() -> Recipe:
-    """Blocks of small images at 32 pixels a side, half an hour on 2 cores."""
+def small(config: RCDMConfig, epochs: float) -> Recipe:
+    """For minutes instead of days: smaller batches at a higher rate, and an average that is of the last steps alone."""
     return Recipe(
         method="rcdm",
-        rcdm=RCDMConfig(size=32, width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), head_width=32),
+        rcdm=config,
         masking=ONE_BLOCK,
         data=DataConfig(batch_size=32),
         augment=CENTRE,
         optim=rates(4e-4),
-        schedule=ScheduleConfig(epochs=3, warmup_epochs=0, ema=(0.999, 0.999)),
+        schedule=ScheduleConfig(epochs=epochs, warmup_epochs=0, ema=(0.99, 0.9995)),
         monitors=MonitorsConfig(log_every=250),
+    )
+
+
+def rcdm_cifar10_cpu() -> Recipe:
+    """Blocks of 32-pixel images such as CIFAR-10's, which are 12 to 16 pixels a side: half an hour on 2 cores."""
+    return small(
+        RCDMConfig(size=16, width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), head_width=32), epochs=8
+    )
+
+
+def rcdm_32_cpu() -> Recipe:
+    """Blocks of larger images at 32 pixels a side: half an hour on 2 cores for 50,000 images."""
+    return small(
+        RCDMConfig(size=32, width=32, multipliers=(1, 2, 4), blocks=1, attention=(8,), head_width=32), epochs=3
     )
 
 
@@ -59,4 +73,4 @@ def rcdm_128() -> Recipe:
     return adm(RCDMConfig(size=128, width=256, multipliers=(1, 1, 2, 3, 4), attention=(32, 16, 8), learn_variance=True))
 
 
-RECIPES = {make.__name__: make for make in (rcdm_32_cpu, rcdm_64, rcdm_128)}
+RECIPES = {make.__name__: make for make in (rcdm_cifar10_cpu, rcdm_32_cpu, rcdm_64, rcdm_128)}

@@ -36,7 +36,7 @@ from openjepa.masking import Masks
 from openjepa.masking import sample as draw_masks
 from openjepa.models.weights import load_strict
 from openjepa.recipes.exchange import Trained, load_run
-from openjepa.recipes.methods import decoder_of
+from openjepa.recipes.methods import decoder_of, refuse_another
 from openjepa.recipes.pretrain import pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override
 from openjepa.rng import permutation
@@ -47,54 +47,54 @@ OF_THE_RUN = ("method", "model.", "data.mean", "data.std", "rcdm.run", "rcdm.ste
 # ---------------------------------------------------------------- training
 
 
-def recipe_for(base: Recipe, source: str, trained: Trained, values: Mapping[str, str]) -> Recipe:
-    """A decoder's recipe around a run: its model, its sizes of blocks, its normalisation. Raises UserError."""
-    for name in values:
-        if name.startswith(OF_THE_RUN):
-            raise UserError(f"--{name} is what the run says, and no choice of its decoder's")
+def recipe_for(base: Recipe, source: str, trained: Trained) -> Recipe:
+    """A decoder's recipe around a run: its model, its sizes of blocks, its normalisation."""
     own = trained.recipe
-    masking = base.masking
+    masking, augment = base.masking, base.augment
     if own.method == "ijepa" and own.masking.strategy == "multiblock":
         masking = replace(masking, target_scale=own.masking.target_scale, target_aspect=own.masking.target_aspect)
-    augment = base.augment
     if augment.crop_aspect == (1.0, 1.0):
         height, width = own.model.image_size
         augment = replace(augment, crop_aspect=(width / height, width / height))
-    base = replace(
-        base,
-        model=own.model,
-        masking=masking,
-        data=replace(base.data, mean=own.data.mean, std=own.data.std),
-        augment=augment,
-        rcdm=of_run(base, source, trained),
-    )
-    return override(base, values)
-
-
-def of_run(recipe: Recipe, source: str, trained: Trained) -> Any:
-    where = str(Path(source).absolute())
-    return replace(recipe.rcdm, run=where, step=trained.step, fingerprint=trained.fingerprint())
+    data = replace(base.data, mean=own.data.mean, std=own.data.std)
+    rcdm = replace(base.rcdm, run=where(source), step=trained.step, fingerprint=trained.fingerprint())
+    return replace(base, model=own.model, masking=masking, data=data, augment=augment, rcdm=rcdm)
 
 
 def train(source: str, data: str, out: Path, base: Recipe | None, values: Mapping[str, str], console: Console) -> RCDM:
-    """Train a decoder for a run, or go on with one. base: None where `out` says it. Raises UserError, and Interrupted after a
-    signal."""
+    """Train a decoder for a run, or go on with the one in `out`. base: None where that says it.
+
+    Raises UserError, and Interrupted after a signal.
+    """
+    for name in values:
+        if name.startswith(OF_THE_RUN):
+            raise UserError(f"--{name} is what the run says, and no choice of its decoder's")
     trained = load_run(source)
-    if base is None:
-        base = saved_recipe(out)
-        refuse_others(base, str(out))
-        where = str(Path(source).absolute())
-        recipe = override(replace(base, rcdm=replace(base.rcdm, run=where)), values)
+    begun = saved_recipe(out) if (out / "recipe.yaml").exists() else None
+    if begun:
+        refuse_others(begun, str(out))
+        refuse_another(begun.rcdm, trained)
+    if base:
+        refuse_others(base, "this recipe")
+        base = recipe_for(base, source, trained)
+    elif begun:
+        base = replace(begun, rcdm=replace(begun.rcdm, run=where(source)))
     else:
-        recipe = recipe_for(base, source, trained, values)
-    method = pretrain(recipe, data, out, console)
+        raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
+    method = pretrain(override(base, values), data, out, console)
     assert isinstance(method, RCDM)
     return method
 
 
-def refuse_others(recipe: Recipe, where: str) -> None:
+def where(source: str) -> str:
+    return str(Path(source).absolute())
+
+
+def refuse_others(recipe: Recipe, what: str) -> None:
     if recipe.method != "rcdm":
-        raise UserError(f"{where} is a run of {recipe.method} and no decoder: openjepa decode train makes them")
+        raise UserError(
+            f"{what} is of {recipe.method}, which is no decoder: openjepa decode train makes them, by recipes rcdm_…"
+        )
 
 
 # ---------------------------------------------------------------- asking
@@ -197,12 +197,10 @@ def hypotheses(decoder: Decoder, shown: Sequence[Shown], samples: int, sampling:
 
 def placed(decoder: Decoder, shown: Shown, squares: Tensor) -> Tensor:
     """Squares [K, C, S, S] from 0 to 1, put where they belong."""
-    images = shown.pixels[None].expand(len(squares), -1, -1, -1) / 255
-    left, top, right, bottom = shown.place.window
-    window = (round(left), round(top), round(right), round(bottom))
+    window = [round(side) for side in shown.place.window]
     whole = decoder.recipe.rcdm.paint == "image"
-    result = paste(images, squares, [window if whole else shown.place.box] * len(squares))
-    return (result * 255).round().clamp(0, 255).to(torch.uint8)
+    box = (window[0], window[1], window[2], window[3]) if whole else shown.place.box
+    return paste(shown.pixels[None].expand(len(squares), -1, -1, -1), squares, [box] * len(squares))
 
 
 def hidden(shown: Shown) -> Tensor:
@@ -230,6 +228,13 @@ def pictures(words: Sequence[str], rows: int, size: tuple[int, int]) -> list[tup
     return found
 
 
+def refuse_none(**counts: int) -> None:
+    """Raises UserError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"--{name} {count}: give 1 or more")
+
+
 def read_picture(word: str) -> bytes:
     try:
         return read_file(word)
@@ -240,6 +245,7 @@ def read_picture(word: str) -> bytes:
 def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: int, samples: int, sampling: Sampling,
            box: Rectangle | None, device: str = "auto", each: bool = False) -> list[Path]:  # fmt: skip
     """The paper's figure: a row an image, its context, and samples in their place. Returns the files. Raises UserError."""
+    refuse_none(rows=rows, samples=samples)
     loaded = load_decoder(source, decoder, device)
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
     shown = [show(loaded, name, raw, box, i, sampling.seed) for i, (name, raw) in enumerate(found)]
@@ -285,6 +291,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, sampling: Sampling, box: Rectangle,
              device: str = "auto", each: bool = False) -> list[str]:  # fmt: skip
     """Hypotheses of what is in a box of an image, side by side at its own size. Returns what to tell. Raises UserError."""
+    refuse_none(samples=samples)
     loaded = load_decoder(source, decoder, device)
     if loaded.recipe.rcdm.of != "prediction":
         raise UserError(
@@ -318,6 +325,7 @@ FAITHFULNESS = "faithfulness.json"
 def check(source: str, decoder: str, data: str, *, images: int, gallery: int, samples: int, sampling: Sampling,
           console: Console, control: str | None = None, out: Path | None = None, device: str = "auto") -> Path:  # fmt: skip
     """Measure whether samples are true to their conditions, beside controls; a table, and faithfulness.json. Raises UserError."""
+    refuse_none(samples=samples)
     loaded = load_decoder(source, decoder, device)
     beside = load_decoder(source, control, device) if control else None
     if beside and (why := no_control(loaded.recipe.rcdm, beside.recipe.rcdm)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openjepa import masking
 from openjepa.data.stream import Batch, Views
 from openjepa.decoder.condition import Condition
-from openjepa.decoder.rcdm import RCDM
+from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
 from openjepa.methods.ibot import IBOT
@@ -107,14 +107,19 @@ def decoder(recipe: Recipe) -> RCDM:
 
 def decoder_of(recipe: Recipe, run: Trained) -> RCDM:
     """With the recipe's initial weights, told by a run's networks. Raises UserError for a run that it was not made for."""
-    config = recipe.rcdm
+    refuse_another(recipe.rcdm, run)
+    begun = recipe.rcdm.networks == "random"
+    networks = METHODS[run.recipe.method].build(run.recipe) if begun else run.method
+    return RCDM(recipe.rcdm, Condition(networks, recipe.rcdm.of), run.normalise)
+
+
+def refuse_another(config: RCDMConfig, run: Trained) -> None:
+    """Raises UserError for a run that a decoder was not made for."""
     if (found := run.fingerprint()) != config.fingerprint:
         raise UserError(
-            f"this decoder was made for step {config.step} of {config.run} (fingerprint {config.fingerprint}), and "
-            f"{run.run} is of step {run.step} ({found}): give that run or its checkpoint, or train a decoder for this one"
+            f"this decoder was made for another encoder, step {config.step} of {config.run} (fingerprint {config.fingerprint}), "
+            f"and {run.run} is at step {run.step} ({found}): give that run or its checkpoint, or train a decoder for this one"
         )
-    networks = run.method if config.networks == "trained" else METHODS[run.recipe.method].build(run.recipe)
-    return RCDM(config, Condition(networks, config.of), run.normalise)
 
 
 def inputs(batch: Batch, normalise: nn.Module) -> tuple[Tensor, Masks | TokenMasks, Tensor | None]:
