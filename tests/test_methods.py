@@ -97,7 +97,7 @@ def test_what_was_trained_is_loaded_evaluated_and_drawn(trained, folder):
             openjepa.recipes.exchange.export(str(trained), "safetensors", trained.parent / "out", "predictor")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OWN)
 def test_a_kept_step_is_computed_once_more(name, folder, tmp_path):
     recipe = recipe_of(name)
     method = build(recipe).train()
@@ -113,7 +113,7 @@ def test_a_kept_step_is_computed_once_more(name, folder, tmp_path):
 # ---------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OWN)
 def test_recipes_hold_their_own_method_alone(name):
     recipe = recipe_of(name)
     values = to_dict(recipe)

@@ -121,14 +121,14 @@ class Watch:
         data: DataConfig,
         images: int,
         device: torch.device,
-        features: Callable[[Batch], Tensor],
+        features: Callable[[Batch], Tensor] | None,
         knn: Callable[[], dict[str, float]] | None,
         name: Callable[[int], str] = str,
         dump: Callable[[int, Batch], str] | None = None,
         roll: Roll | None = None,
     ) -> None:
-        """features: of a batch on the device, the product's, [B, N, D]. name: of the image with an index. dump: keeps a step
-        (how many were done before it, its batch), and says where.
+        """features: of a batch on the device, the product's, [B, N, D]; None of a method that makes none. name: of the image with
+        an index. dump: keeps a step (how many were done before it, its batch), and says where.
         """
         self.run, self.config, self.schedule, self.method = run, config, schedule, method
         self.data, self.images, self.device, self.features, self.knn = data, images, device, features, knn
@@ -219,17 +219,10 @@ class Watch:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return
         seconds = max(1e-9, now - self._since)
-        features = self.features(batch.to(self.device))
-        alive = bool(features.isfinite().all())  # the step was; the weights that it left may be too large
-        statistics = feature_statistics(features) if alive else {}
+        statistics, said, warning = self.look(batch) if self.features else ({}, "", None)
         values = {
             "loss": loss,
             **statistics,
-            **(
-                {"encoder_distance": weight_distance(self.method.encoder, self.method.product)}
-                if self.method.follows
-                else {}
-            ),
             **batch.masks.counts(),
             "lr": self.schedule.lr(step - 1),
             "weight_decay": self.schedule.weight_decay(step - 1),
@@ -243,21 +236,35 @@ class Watch:
             "elapsed_s": now - self._began,
         }
         left = (self.schedule.steps - step) * seconds / self._steps
-        said = "features not finite"
-        if alive:
-            said = f"std {statistics['feature_std']:.2f}  rank {statistics['feature_rank']:.0f}"
         line = (
-            f"step {step:>{len(str(self.schedule.steps))}}/{self.schedule.steps}  loss {values['loss']:.4f}  {said}  "
+            f"step {step:>{len(str(self.schedule.steps))}}/{self.schedule.steps}  loss {values['loss']:.4f}  {said}"
             f"{values['images_per_s']:.0f} images/s  {clock(left)} left"
         )
         self.run.log(step, values, line)
-        warning = None
-        if alive and self.method.follows:  # nothing else can collapse
-            warning = collapse_warning(statistics, len(features), features.shape[-1])
         if warning and not self._warned and step > self.schedule.warmup:
             self.run.warn(warning)
         self._warned = self._warned or bool(warning and step > self.schedule.warmup)
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def look(self, batch: Batch) -> tuple[dict[str, float], str, str | None]:
+        """At the features of a batch: numbers, what a line says of them, and a warning where they collapse."""
+        assert self.features
+        features = self.features(batch.to(self.device))
+        alive = bool(features.isfinite().all())  # the step was; the weights that it left may be too large
+        statistics = feature_statistics(features) if alive else {}
+        said = (
+            f"std {statistics['feature_std']:.2f}  rank {statistics['feature_rank']:.0f}  "
+            if alive
+            else "features not finite  "
+        )
+        if not self.method.follows:  # nothing else can collapse
+            return statistics, said, None
+        warning = collapse_warning(statistics, len(features), features.shape[-1]) if alive else None
+        return (
+            statistics | {"encoder_distance": weight_distance(self.method.encoder, self.method.product)},
+            said,
+            warning,
+        )
 
 
 def describe(scores: dict[str, float]) -> str:

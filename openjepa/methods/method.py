@@ -22,6 +22,7 @@ class Method(nn.Module):
     task: ClassVar[str] = (
         "The grey patches are hidden, the coloured ones asked for."  # below the masks of a run's report
     )
+    represents: ClassVar[bool] = True  # training is for an encoder, whose features can be watched and asked for
     encoder: ViT
 
     @classmethod

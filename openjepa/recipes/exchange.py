@@ -53,6 +53,7 @@ def load(
             raise UserError(f"{source} is a run and knows its heads and image size: leave them out")
         folder, found = checkpoint.locate(Path(source))
         recipe = saved_recipe(folder)
+        refuse_decoder(recipe, str(source))
         network = network or METHODS[recipe.method].kind.product_name()
         if not (weights := network_weights(found, network)):
             raise UserError(f"{source} is a run of {recipe.method}, which has no {network}: leave it out")
@@ -108,11 +109,20 @@ def load_run(source: str | Path, method: str | None = None) -> Trained:
     """A run, or one of its checkpoints, with all its networks. method: what it must be of. Raises UserError."""
     folder, found = checkpoint.locate(Path(source))
     recipe = saved_recipe(folder)
+    refuse_decoder(recipe, str(source))
     if method not in (None, recipe.method):
         raise UserError(f"{source} is a run of {recipe.method}, and this needs one of {method}")
     networks = build(recipe)
     load_strict(networks, found.weights(), str(found.path))
     return Trained(folder, found.step, recipe, networks.eval().requires_grad_(False))
+
+
+def refuse_decoder(recipe: Recipe, source: str) -> None:
+    """Raises UserError for a run that holds no encoder."""
+    if not METHODS[recipe.method].kind.represents:
+        raise UserError(
+            f"{source} is a decoder and holds no encoder: give the run that it was made for ({recipe.rcdm.run})"
+        )
 
 
 def network_weights(found: Checkpoint, network: str) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from openjepa import masking
 from openjepa.data.stream import Batch, Views
+from openjepa.decoder.condition import Condition
+from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
 from openjepa.methods.ibot import IBOT
@@ -19,6 +21,7 @@ from openjepa.methods.mae import MAE, MASKING
 from openjepa.methods.method import Method
 
 if TYPE_CHECKING:
+    from openjepa.recipes.exchange import Trained
     from openjepa.recipes.recipe import Recipe
 
 
@@ -92,6 +95,36 @@ def check_ibot(recipe: Recipe) -> None:
         raise UserError("token_masking.masked 0 hides no patch: raise it, or set ibot.patch_weight 0")
 
 
+def check_rcdm(recipe: Recipe) -> None:
+    masking.check(recipe.masking, recipe.model.grid)
+
+
+def decoder(recipe: Recipe) -> RCDM:
+    """Of the run that the recipe names. Raises UserError where it is not there, or another."""
+    from openjepa.recipes.exchange import load_run  # which builds methods
+
+    if not recipe.rcdm.run:
+        raise UserError("a decoder is made for a run: openjepa decode train RUN --data SPEC --out DECODER")
+    return decoder_of(recipe, load_run(recipe.rcdm.run))
+
+
+def decoder_of(recipe: Recipe, run: Trained) -> RCDM:
+    """With the recipe's initial weights, told by a run's networks. Raises UserError for a run that it was not made for."""
+    refuse_another(recipe.rcdm, run)
+    begun = recipe.rcdm.networks == "random"
+    networks = METHODS[run.recipe.method].build(run.recipe) if begun else run.method
+    return RCDM(recipe.rcdm, Condition(networks, recipe.rcdm.of), run.normalise)
+
+
+def refuse_another(config: RCDMConfig, run: Trained) -> None:
+    """Raises UserError for a run that a decoder was not made for."""
+    if (found := run.fingerprint()) != config.fingerprint:
+        raise UserError(
+            f"this decoder was made for another encoder, step {config.step} of {config.run} (fingerprint {config.fingerprint}), "
+            f"and {run.run} is at step {run.step} ({found}): give that run or its checkpoint, or train a decoder for this one"
+        )
+
+
 def inputs(batch: Batch, normalise: nn.Module) -> tuple[Tensor, Masks | TokenMasks, Tensor | None]:
     """What a method's forward takes, of a batch on the device."""
 
@@ -123,6 +156,7 @@ METHODS = {
         check_ibot,
         class_token=True,
     ),
+    "rcdm": Family(RCDM, ("rcdm", "masking"), decoder, one_view, check_rcdm),
 }
 
 

@@ -1,5 +1,5 @@
 """Every recipe by its name."""
 
-from openjepa.recipes import ibot, ijepa, mae
+from openjepa.recipes import decoder, ibot, ijepa, mae
 
-RECIPES = {**ijepa.RECIPES, **mae.RECIPES, **ibot.RECIPES}
+RECIPES = {**ijepa.RECIPES, **mae.RECIPES, **ibot.RECIPES, **decoder.RECIPES}

@@ -102,7 +102,8 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
 
     with run:
         run.open_boards(recipe.machine.wandb)
-        knn = online_knn(source, recipe, method.product, normalise, autocast)
+        watched = features if method.represents else None
+        knn = online_knn(source, recipe, method.product, normalise, autocast) if watched else None
         watch = Watch(
             run,
             recipe.monitors,
@@ -111,7 +112,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             recipe.data,
             len(source),
             device,
-            features,
+            watched,
             knn,
             name=source.name,
             dump=lambda done, batch: str(

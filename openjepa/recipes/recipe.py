@@ -16,6 +16,7 @@ import yaml
 from openjepa.data.augment import AugmentConfig, CropsConfig
 from openjepa.data.decode import MODES
 from openjepa.data.stream import DataConfig
+from openjepa.decoder.rcdm import RCDMConfig
 from openjepa.engine.device import Precision
 from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
@@ -31,24 +32,25 @@ from openjepa.recipes.methods import METHODS, parts, starting
 
 T = TypeVar("T")
 
-CHANGES_NO_RESULT = ("monitors", "machine")  # may differ when a run goes on
+CHANGES_NO_RESULT = ("monitors", "machine", "rcdm.run")  # may differ when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One part for each place that reads it."""
 
-    method: str = "ijepa"  # or mae, ibot: see recipes/methods.py
+    method: str = "ijepa"  # or mae, ibot, rcdm: see recipes/methods.py
     seed: int = 0
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
     loss: LossConfig = field(default_factory=LossConfig)  # ijepa
-    masking: MaskingConfig = field(default_factory=MaskingConfig)  # ijepa and mae
+    masking: MaskingConfig = field(default_factory=MaskingConfig)  # ijepa, mae and rcdm
     mae: MAEConfig = field(default_factory=MAEConfig)
     ibot: IBOTConfig = field(default_factory=IBOTConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)  # ibot
     token_masking: TokenMaskingConfig = field(default_factory=TokenMaskingConfig)  # ibot
+    rcdm: RCDMConfig = field(default_factory=RCDMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,0 +1,62 @@
+"""Images in rows, each pixel as it is: small ones magnified by whole numbers, boxes outlined around their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+SMALLEST = 128  # pixels a side that an image is magnified to, about
+GAP, HEAD = 6, 18  # pixels between cells, and of the line above
+GREEN = (0, 170, 80)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """pixels: uint8 [C, H, W]; box: left, top, right, bottom, to be outlined."""
+
+    pixels: Tensor
+    box: tuple[int, int, int, int] | None = None
+
+
+def sheet(rows: Sequence[Sequence[Cell]], heads: Sequence[str]) -> Image.Image:
+    """All cells on white, a row below a row, columns named above."""
+    drawn = [[draw(cell) for cell in row] for row in rows]
+    columns = [max(row[i].width for row in drawn if i < len(row)) for i in range(max(map(len, drawn)))]
+    heights = [max(image.height for image in row) for row in drawn]
+    size = (sum(columns) + GAP * (len(columns) + 1), HEAD + sum(heights) + GAP * (len(heights) + 1))
+    result = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(result), ImageFont.load_default(12)
+    x = GAP
+    for width, head in zip(columns, heads, strict=False):
+        pen.text((x, 4), head, fill=(70, 74, 82), font=font)
+        x += width + GAP
+    y = HEAD + GAP
+    for row, height in zip(drawn, heights, strict=True):
+        x = GAP
+        for image, width in zip(row, columns, strict=False):
+            result.paste(image, (x, y))
+            x += width + GAP
+        y += height + GAP
+    return result
+
+
+def draw(cell: Cell) -> Image.Image:
+    """A cell by itself. The outline lies outside of the box, or on the image's border."""
+    pixels = cell.pixels[:3] if len(cell.pixels) >= 3 else cell.pixels[:1].expand(3, -1, -1)
+    times = max(1, round(SMALLEST / max(pixels.shape[1:])))
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).repeat(times, 0).repeat(times, 1))
+    if cell.box:
+        left, top, right, bottom = (times * side for side in cell.box)
+        thick = max(1, min(image.size) // 100)
+        edges = (
+            max(0, left - thick),
+            max(0, top - thick),
+            min(image.width, right + thick),
+            min(image.height, bottom + thick),
+        )
+        ImageDraw.Draw(image).rectangle((edges[0], edges[1], edges[2] - 1, edges[3] - 1), outline=GREEN, width=thick)
+    return image
