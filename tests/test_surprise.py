@@ -385,7 +385,7 @@ def test_a_reference_of_other_channels_is_seen_as_the_run_sees_images(monkeypatc
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("{tmp}/none --reference {folder} --data {folder} --out {tmp}/s.parquet", "no such file or folder"),
+        ("{tmp}/none --reference {folder} --data {folder} --out {tmp}/s.parquet", "is not a run"),
         ("{tmp} --reference {folder} --data {folder} --out {tmp}/s.parquet", "is not a run"),
         ("{run} --reference {tmp}/none --data {folder} --out {tmp}/s.parquet", "no such file or folder"),
         ("{run} --reference {one} --data {folder} --out {tmp}/s.parquet", "a reference of 1 images"),

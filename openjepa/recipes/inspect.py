@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openjepa.data.decode import Raw
 from openjepa.data.sources import Source, open_source, read_file
+from openjepa.engine.device import pick_device
 from openjepa.engine.whole import new_folder, refuse_full, refuse_unwritable, write_whole
 from openjepa.errors import UserError, printable
 from openjepa.evaluate.features import Images
@@ -23,14 +24,15 @@ from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import random_encoder, saved_data
 from openjepa.recipes.report import TASKS
-from openjepa.recipes.surprise import PatchView, judge_of, surprise_of, view_of
+from openjepa.recipes.surprise import PatchView, judge_of, surprise_of, view_of, without_predictor
 from openjepa.rng import permutation
 from openjepa.see import pictures
-from openjepa.see.patches import attention, likeness, nearest
+from openjepa.see.patches import attention, likeness, nearest, pooled, seen
 from openjepa.see.report import Section, write_report
 
 MOST = 16  # images that are looked at together
 BASIS = 64  # reference images that colours and likeness are measured against
+USUAL = 200  # reference images that tell what surprise is usual
 SEARCHED = 1500  # reference images that neighbours are looked for in
 FOUND = 7  # neighbours of each image
 
@@ -106,7 +108,9 @@ def inspect(asked: Looking) -> Found:
     patch = chosen_patch(asked.patch, model.grid)
     found = Found()
     reference = reference_of(asked, trained, found)
-    encoder = Encoder(trained.method.product, trained.normalise, trained.method.product_name()).eval()
+    encoder = Encoder(trained.method.product, trained.normalise, trained.method.product_name()).to(
+        pick_device(asked.device)
+    )
     basis, others = None, None
     names: list[str] = []
     if reference:
@@ -202,8 +206,8 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
         "picture from 0 to its own largest weight.",
         pictures.attention_figure(images, weights, place, grid),
     )
-    features = encoder(images)
-    centre = None if basis is None else encoder(basis).mean(0)
+    features = seen(encoder, images)
+    centre = None if basis is None else seen(encoder, basis).mean(0)
     maps = torch.stack([likeness(features, i, place, centre) for i in range(len(images))])
     found.add(
         "likeness",
@@ -215,18 +219,15 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
 
 
 def draw_surprise(found: Found, asked: Looking, trained: Trained, reference: Source | None, images: Tensor) -> None:
-    try:
-        energy = surprise_of(trained, asked.block, device=asked.device)
-    except UserError as error:
-        if asked.block:
-            raise
-        found.notes.append(f"no surprise map: {error}")
+    if refusal := without_predictor(trained):
+        found.notes.append(f"no surprise map: {refusal}")
         return
+    energy = surprise_of(trained, asked.block, device=asked.device)
     if reference is None:
         energies, normalised, scores = energy(images).numpy(), None, None
     else:
         view = view_of(trained, reference, asked.share, asked.squash)
-        energies, normalised, scores = judge_of(energy, trained, reference, view)(images)
+        energies, normalised, scores = judge_of(energy, trained, reference, view, USUAL)(images)
         found.numbers["surprise"] = [float(s) for s in scores]
     text = "How far the predictor is from the target encoder's features of a patch, hidden with its block and told from the rest"
     if scores is not None:
@@ -235,8 +236,7 @@ def draw_surprise(found: Found, asked: Looking, trained: Trained, reference: Sou
 
 
 def draw_neighbours(found: Found, encoder: Encoder, images: Tensor, others: Tensor, names: list[str]) -> None:
-    ours, theirs = (torch.cat([encoder.features(part, layers=1) for part in x.split(256)]) for x in (images, others))
-    cosines, index = nearest(ours, theirs, FOUND)
+    cosines, index = nearest(pooled(encoder, images), pooled(encoder, others), FOUND)
     found.numbers["neighbours"] = [
         [{"path": names[i], "cosine": round(c, 4)} for c, i in zip(values, places, strict=True)]
         for values, places in zip(cosines.tolist(), index.tolist(), strict=True)

@@ -92,14 +92,20 @@ def surprise_of(trained: Trained, block: Grid | None = None, stride: int = 1, pr
                 device: str = "auto") -> Surprise:  # fmt: skip
     """A run's energy, ready to be called. Raises UserError for a run of a method that predicts no representations."""
     recipe = trained.recipe
-    if not isinstance(trained.method, IJEPA):
-        raise UserError(
-            f"{trained.run} is a run of {recipe.method}: surprise needs a predictor of representations, which I-JEPA has"
-        )
+    if refusal := without_predictor(trained):
+        raise UserError(refusal)
+    assert isinstance(trained.method, IJEPA)
     where = pick_device(device)
     block = block or usual_block(recipe.model.grid, recipe.masking.target_scale)
     autocast = pick_autocast(pick_precision(precision or recipe.precision, where), where)
     return Surprise(trained.method.to(where), trained.normalise.to(where), autocast, block, stride)
+
+
+def without_predictor(trained: Trained) -> str | None:
+    """Why a run has no surprise, if it has none."""
+    if isinstance(trained.method, IJEPA):
+        return None
+    return f"{trained.run} is a run of {trained.recipe.method}: surprise needs a predictor of representations, which I-JEPA has"
 
 
 def view_of(trained: Trained, source: Source | None = None, share: float = 1.0, squash: bool = False) -> PatchView:
@@ -109,15 +115,18 @@ def view_of(trained: Trained, source: Source | None = None, share: float = 1.0, 
     return PatchView(model.image_size, model.channels, 1.0 if squash else share, squash, model.patch_size)
 
 
-def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View) -> Judge:
-    """A run's energy beside its statistics over a reference set, which are computed once and kept in the cache."""
+def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View, most: int = REFERENCE) -> Judge:
+    """A run's energy beside its statistics over a reference set, which are computed once and kept in the cache.
+
+    most: images of the reference that count, a fixed random choice.
+    """
     about = [
         VERSION, trained.fingerprint(), source.fingerprint(), source.stamps(), asdict(view), surprise.identity,
-        PIXELS_VERSION, REFERENCE,
+        PIXELS_VERSION, most,
     ]  # fmt: skip
     file = cache_folder() / "surprise" / f"{short_hash(about)}.npz"
     if not file.exists():
-        found = Statistics.of(energies(surprise, reference_images(source, view)))
+        found = Statistics.of(energies(surprise, reference_images(source, view, most)))
         file.parent.mkdir(exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part.npz")
         np.savez(part, centre=found.centre, spread=found.spread, images=found.images)
@@ -126,9 +135,9 @@ def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View) -
         return Judge(surprise, Statistics(kept["centre"], kept["spread"], int(kept["images"])))
 
 
-def reference_images(source: Source, view: View) -> Images:
+def reference_images(source: Source, view: View, most: int = REFERENCE) -> Images:
     """Those that statistics are of: all, or a fixed random choice."""
-    chosen = np.sort(permutation(0, "surprise reference", 0, len(source))[:REFERENCE])
+    chosen = np.sort(permutation(0, "surprise reference", 0, len(source))[:most])
     return Images(source, chosen, view)
 
 

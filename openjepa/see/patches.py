@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openjepa.models.encoder import Encoder
 
+AT_ONCE = 64  # images
 BY_PLACE = 4  # images from which on features are centred at each place
 
 
@@ -54,6 +55,22 @@ class Palette:
 
 
 @torch.no_grad()
+def seen(encoder: Encoder, images: Tensor) -> Tensor:
+    """The patch features of any number of images, float32 [n, N, D] on the CPU, wherever the encoder is."""
+    return torch.cat([encoder(part.to(device_of(encoder))).float().cpu() for part in images.split(AT_ONCE)])
+
+
+@torch.no_grad()
+def pooled(encoder: Encoder, images: Tensor) -> Tensor:
+    """The same, the mean of each image's patches, [n, D]."""
+    return torch.cat([encoder(part.to(device_of(encoder))).float().mean(1).cpu() for part in images.split(AT_ONCE)])
+
+
+def device_of(encoder: Encoder) -> torch.device:
+    return encoder.vit.get_buffer("positions").device
+
+
+@torch.no_grad()
 def attention(encoder: Encoder, images: Tensor, block: int = -1) -> Tensor:
     """What the patches of one block attend to. images: as the encoder takes them, [n, channels, H, W].
 
@@ -64,12 +81,12 @@ def attention(encoder: Encoder, images: Tensor, block: int = -1) -> Tensor:
     depth = len(vit.blocks)
     if not -depth <= block < depth:
         raise ValueError(f"block {block}: this encoder has {depth}, 0 to {depth - 1}")
-    x = vit.embed(encoder.normalise(images))
+    x = vit.embed(encoder.normalise(images.to(device_of(encoder))))
     for before in list(vit.blocks)[: block % depth]:
         x = before(x)
     chosen = vit.blocks[block]
     weights: Tensor = chosen.attn.weights(chosen.norm1(x))  # type: ignore[union-attr, operator]
-    return weights[:, :, vit.prefix :, vit.prefix :]
+    return weights[:, :, vit.prefix :, vit.prefix :].float().cpu()
 
 
 def likeness(features: Tensor, image: int, patch: int, centre: Tensor | None = None) -> Tensor:

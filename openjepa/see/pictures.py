@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -15,10 +15,10 @@ from torch import Tensor
 from openjepa.masking import Grid, Masks, TokenMasks
 from openjepa.models.encoder import Encoder
 from openjepa.see.figures import BLUE, INK, TARGETS, canvas, patch_map, to_pixels
-from openjepa.see.patches import Palette, nearest
+from openjepa.see.patches import Palette, nearest, pooled, seen
 
-HEAT = "magma"
-FADE = 0.55  # of an image under a map
+HEAT, ENERGY = "YlOrRd", "magma"
+LIGHT, OPAQUE = 0.35, 0.85  # how far an image under a map is lightened, and how much a map's highest value hides of it
 USUAL, ODD = 0.0, 6.0  # deviations at the ends of a surprise map's colours
 
 
@@ -55,8 +55,8 @@ def pca_figure(encoders: Sequence[tuple[str, Encoder]], images: Tensor, basis: T
     for i, image in enumerate(images):
         axes[0][i].imshow(to_pixels(image))
     for row, (_, encoder) in enumerate(encoders, start=1):
-        features = encoder(images)  # [n, N, D]
-        palette = Palette.of(features if basis is None else encoder(basis))
+        features = seen(encoder, images)  # [n, N, D]
+        palette = Palette.of(features if basis is None else seen(encoder, basis))
         for i, colours in enumerate(palette(features)):
             axes[row][i].imshow(colours.reshape(*encoder.vit.config.grid, 3), interpolation="nearest")
     return figure
@@ -64,7 +64,7 @@ def pca_figure(encoders: Sequence[tuple[str, Encoder]], images: Tensor, basis: T
 
 def neighbours_figure(encoder: Encoder, images: Tensor, queries: int = 6, count: int = 7) -> Figure:
     """Each row: an image, then those whose pooled features are nearest by cosine. images uint8 [n, 3, H, W]."""
-    features = torch.cat([encoder.features(part, layers=1) for part in images.split(256)])
+    features = pooled(encoder, images)
     queries = min(queries, len(images))
     found = nearest(features[:queries], features, count + 1)[1]
     return found_figure(images[:queries], [images[row[1:]] for row in found])
@@ -110,7 +110,8 @@ def likeness_figure(images: Tensor, maps: Tensor, patch: int, grid: Grid) -> Fig
         for column, values in enumerate(own, start=1):
             heat(axes[row][column], to_pixels(images[column - 1]), values.view(grid).numpy(), 0.0, 1.0)
     axes[0][0].set_title("patch", fontsize=9, color=INK)
-    axes[0][1].set_title("cosine", fontsize=9, color=INK)
+    for number, axis in enumerate(axes[0][1:], start=1):
+        axis.set_title(f"image {number}", fontsize=9, color=INK)
     return figure
 
 
@@ -128,7 +129,7 @@ def surprise_figure(images: Tensor, energies: np.ndarray, normalised: np.ndarray
         axes[0][i].imshow(pixels)
         if masks is not None and masks[i].any():
             axes[0][i].contour(masks[i] != 0, levels=[0.5], colors=[TARGETS[0]], linewidths=1.2)
-        axes[1][i].imshow(energies[i], cmap=HEAT, vmin=0, vmax=top, interpolation="nearest")
+        axes[1][i].imshow(energies[i], cmap=ENERGY, vmin=0, vmax=top, interpolation="nearest")
         if normalised is not None:
             heat(axes[2][i], pixels, normalised[i], USUAL, ODD)
         if scores is not None:
@@ -140,16 +141,18 @@ def surprise_figure(images: Tensor, energies: np.ndarray, normalised: np.ndarray
 
 
 def heat(axis: Axes, pixels: np.ndarray, values: np.ndarray, low: float, high: float) -> None:
-    """A map over a greyed image. pixels: [H, W, 3]; values: [rows, columns], from dark (low) to bright (high)."""
-    grey = np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
+    """A map over a greyed image, nothing where it is low. pixels: [H, W, 3]; values: [rows, columns]."""
+    grey = LIGHT + (1 - LIGHT) * np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
     height, width = grey.shape[:2]
+    share = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+    colours = colormaps[HEAT](share)
+    colours[..., 3] = OPAQUE * share
     axis.imshow(grey, extent=(0, width, height, 0))
-    axis.imshow(values, cmap=HEAT, vmin=low, vmax=max(high, low + 1e-12), alpha=FADE + 0.2, extent=(0, width, height, 0),
-                interpolation="nearest")  # fmt: skip
+    axis.imshow(colours, extent=(0, width, height, 0), interpolation="nearest")
 
 
 def mark(axis: Axes, patch: int, grid: Grid, size: Sequence[int]) -> None:
     """A frame around a patch. size: height and width of the image, in pixels."""
     h, w = size[0] / grid[0], size[1] / grid[1]
     place = (patch % grid[1] * w - 0.5, patch // grid[1] * h - 0.5)
-    axis.add_patch(Rectangle(place, w, h, fill=False, edgecolor="#39e07a", linewidth=1.6))
+    axis.add_patch(Rectangle(place, w, h, fill=False, edgecolor=BLUE, linewidth=1.8))
