@@ -12,7 +12,7 @@ from PIL import Image
 
 from openjepa.bench.clock import Rows, in_turn, spread
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
-from openjepa.data.scenes import render_range
+from openjepa.data.scenes import Job, render_range
 from openjepa.data.sources import open_source
 from openjepa.errors import UserError
 from openjepa.rng import Draws
@@ -27,7 +27,7 @@ def photographs() -> list[bytes]:
     """JPEGs of rendered scenes with the grain of a camera, 4:2:0, quality 92."""
     grain = Draws(0, "grain", np.arange(PHOTOS)).uniform(*SIZE, 3)
     found = []
-    for image, noise in zip(render_range((0, 0, PHOTOS, SIZE)), grain, strict=True):
+    for image, noise in zip(render_range(Job(0, 0, PHOTOS, SIZE)), grain, strict=True):
         pixels = (image + 24 * (noise - 0.5)).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=92)

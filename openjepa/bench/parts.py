@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from openjepa.bench.clock import Rows, in_turn, rate, timed
-from openjepa.data.scenes import render_range
+from openjepa.data.scenes import Job, render_range
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.evaluate.features import Features
@@ -40,7 +40,7 @@ def scenes() -> Rows:
     """Composed and rendered scenes on one core."""
     sizes = ((64, 50), (128, 20), (224, 8))
     return [
-        {"size_px": size, **rate("scenes", count, timed(partial(render_range, (0, 0, count, (size, size))), 7))}
+        {"size_px": size, **rate("scenes", count, timed(partial(render_range, Job(0, 0, count, (size, size))), 7))}
         for size, count in sizes
     ]
 

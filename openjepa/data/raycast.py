@@ -25,6 +25,8 @@ COLORS = {
     "cyan": (0.16, 0.82, 0.82),
     "yellow": (1.0, 0.93, 0.20),
 }
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+PATCHWORK = 0.6  # side of a patchwork's cells, in radii
 FIELD = math.radians(44)  # of view, of the shorter side
 SUPERSAMPLE = 2  # rays a pixel, on each axis
 LAMP_RADIUS = 0.7
@@ -34,7 +36,10 @@ AMBIENT = 0.38
 
 @dataclass(frozen=True)
 class Object:
-    """One thing on the ground. shape, color, material: indices; radius, x, y: units; turn: radians about its axis."""
+    """One thing on the ground. shape, color, material: indices; radius, x, y: units; turn: radians about its axis.
+
+    patchwork: whether it is covered with patches of all colours, as no usual one is.
+    """
 
     shape: int
     radius: float
@@ -43,6 +48,7 @@ class Object:
     x: float
     y: float
     turn: float
+    patchwork: bool = False
 
     @property
     def height(self) -> float:
@@ -129,6 +135,13 @@ def normals(thing: Object, p: Vector) -> Vector:
     return along_x * np.sign(p[0]), along_y * np.sign(p[1]), top.astype(np.float32)
 
 
+def patches_of_colour(thing: Object, p: Vector) -> np.ndarray:
+    """The colour of a patchwork at points in the object's frame: cells of a cubic lattice, in an order without a pattern."""
+    side = np.float32(PATCHWORK * thing.radius)
+    x, y, z = (np.floor(c / side).astype(np.int64) for c in p)
+    return (thing.color + 1 + (7 * x + 3 * y + 5 * z) % (len(PALETTE) - 1)) % len(PALETTE)
+
+
 @dataclass(frozen=True)
 class Hits:
     """What each ray of a picture meets first.
@@ -174,9 +187,10 @@ def cast(scene: Scene, rows: int, columns: int) -> Hits:
         p: Vector = tuple(o[i] + t * np.broadcast_to(ray[i], front.shape)[front] for i in range(3))
         nx, ny, nz = normals(thing, p)
         c, s = math.cos(thing.turn), math.sin(thing.turn)
+        colours = PALETTE[patches_of_colour(thing, p) if thing.patchwork else thing.color]
         for i, value in enumerate((c * nx - s * ny, s * nx + c * ny, nz)):
             normal[i][window][front] = value
-            albedo[i][window][front] = tuple(COLORS.values())[thing.color][i]
+            albedo[i][window][front] = colours[..., i]
         depth[window][front] = t
         metal[window][front] = MATERIALS[thing.material] == "metal"
         owner[window][front] = number

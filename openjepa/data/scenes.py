@@ -4,6 +4,8 @@ After CLEVR (Johnson et al., 2017): 3 to 10 spheres, cubes and cylinders of two 
 stand on a ground plane under a lamp with soft shadows, seen in perspective by a jittered camera. The k-th scene is a
 function of (seed, k). Tasks: the number of objects, the distance of the nearest (VTAB's six classes), its colour and
 its shape. Lengths are CLEVR's units; the camera stands about 11 from the centre.
+
+`scenes:N:odd` are the same scenes, but in every second one the object that shows most is covered with a patchwork of colours.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing import current_process
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from openjepa.data import clevr
 from openjepa.data.clevr import COUNTS, count_and_distance
-from openjepa.data.raycast import COLORS, MATERIALS, SHAPES, Object, Scene, annotate, render
+from openjepa.data.raycast import COLORS, MATERIALS, SHAPES, Object, Scene, annotate, cast, render
 from openjepa.data.sources import Source, cache_folder
 from openjepa.errors import UserError
 from openjepa.rng import Draws
@@ -32,6 +35,8 @@ MARGIN = 0.15  # free ground between two objects
 REACH = 3.0  # objects stand within [-REACH, REACH] on both axes
 
 CLASSES = {**clevr.CLASSES, "color": list(COLORS), "shape": list(SHAPES)}
+ODD = ["normal", "odd"]  # classes of the images and of the pixels of scenes:N:odd
+GLANCE = (64, 64)  # rays that tell which object shows most
 
 
 def labels(scene: Scene) -> dict[str, int]:
@@ -77,31 +82,61 @@ def arrange(places: np.ndarray, traits: np.ndarray) -> list[Object]:
     return objects
 
 
+def odd_one(seed: int, k: int, scene: Scene) -> int | None:
+    """Which object of the k-th scene is odd: in every second scene, at random, the one that shows most."""
+    if Draws(seed, "odd scene", [k]).uniform(1)[0, 0] < 0.5:
+        return None
+    owner = cast(scene, *GLANCE).owner
+    return int(np.bincount(owner[owner >= 0], minlength=len(scene.objects)).argmax())
+
+
+def compose_odd(seed: int, k: int) -> tuple[Scene, int | None]:
+    """The k-th scene of a seed with its odd object, and which one that is."""
+    scene = compose(seed, k)
+    odd = odd_one(seed, k, scene)
+    things = [replace(thing, patchwork=i == odd) for i, thing in enumerate(scene.objects)]
+    return replace(scene, objects=things), odd
+
+
 # ---------------------------------------------------------------- the source
 
-Job = tuple[int, int, int, tuple[int, int]]  # seed, first, last, size
+
+class Job(NamedTuple):
+    """Scenes to render."""
+
+    seed: int
+    first: int
+    last: int
+    size: tuple[int, int]
+    odd: bool = False
 
 
 class Scenes(Source):
     """Scenes first to last - 1, rendered once at one size and kept in the cache, memory-mapped."""
 
-    def __init__(self, first: int, last: int, size: tuple[int, int], seed: int = 0) -> None:
-        self.first, self.last, self.size, self.seed = first, last, size, seed
-        self.classes = CLASSES
-        self.maps = {"objects": ["ground", *SHAPES], "depth": None}
+    def __init__(self, first: int, last: int, size: tuple[int, int], seed: int = 0, odd: bool = False) -> None:
+        self.first, self.last, self.size, self.seed, self.odd = first, last, size, seed, odd
+        self.classes = CLASSES | ({"odd": ODD} if odd else {})
+        self.maps = {"objects": ["ground", *SHAPES], "depth": None} | ({"odd": ODD} if odd else {})
         self._pixels: np.ndarray | None = None
         found = [labels(compose(seed, k)) for k in range(first, last)]
         self.labels = {task: np.array([label[task] for label in found], dtype=np.int64) for task in CLASSES}
+        if odd:
+            drawn = Draws(seed, "odd scene", np.arange(first, last)).uniform(1)[:, 0]
+            self.labels["odd"] = (drawn >= 0.5).astype(np.int64)
 
     @classmethod
     def from_spec(cls, rest: str, size: tuple[int, int]) -> Scenes:
-        """scenes (10,000 of them), scenes:N, or scenes:FIRST-LAST."""
-        first, _, last = rest.partition("-") if "-" in rest else ("0", "", rest or "10000")
-        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise UserError(f"data 'scenes:{rest}': give a number of scenes, or FIRST-LAST with FIRST below LAST")
+        """scenes (10,000 of them), scenes:N, or scenes:FIRST-LAST; with :odd at the end, every second one holds an odd object."""
+        numbers, _, kind = rest.partition(":")
+        first, _, last = numbers.partition("-") if "-" in numbers else ("0", "", numbers or "10000")
+        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)) or kind not in ("", "odd"):
+            raise UserError(
+                f"data 'scenes:{rest}': give a number of scenes, or FIRST-LAST with FIRST below LAST, and perhaps :odd"
+            )
         if min(size) < 16:
             raise UserError(f"data 'scenes:{rest}': scenes are rendered at 16 pixels a side or more, not {size}")
-        return cls(int(first), int(last), size)
+        return cls(int(first), int(last), size, odd=kind == "odd")
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -112,6 +147,9 @@ class Scenes(Source):
         return np.array(self._pixels[index])
 
     def read_map(self, task: str, index: int) -> np.ndarray:
+        if task == "odd":
+            scene, odd = compose_odd(self.seed, self.first + index)
+            return (cast(scene, *self.size).owner == (-2 if odd is None else odd)).astype(np.uint8)
         shapes, depths = annotate(compose(self.seed, self.first + index), self.size)
         return shapes if task == "objects" else np.where(depths <= HORIZON, depths, np.float32(0))
 
@@ -119,7 +157,7 @@ class Scenes(Source):
         return f"scene {self.first + index}"
 
     def fingerprint(self, probes: int = 64) -> str:
-        return f"scenes-{VERSION}-{self.seed}-{self.first}-{self.last}"
+        return f"scenes-{VERSION}-{self.seed}-{self.first}-{self.last}{'-odd' if self.odd else ''}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}
@@ -127,7 +165,7 @@ class Scenes(Source):
     def _cached(self) -> np.ndarray:
         """The rendered scenes, from the cache or into it, on all cores."""
         h, w = self.size
-        file = cache_folder() / f"scenes-{VERSION}-{self.seed}-{self.first}-{self.last}-{h}x{w}.npy"
+        file = cache_folder() / f"{self.fingerprint()}-{h}x{w}.npy"
         if not file.exists():
             part = file.with_suffix(f".{os.getpid()}.part")
             try:
@@ -146,11 +184,11 @@ class Scenes(Source):
 
     def _render_all(self, block: int = 128) -> Iterator[tuple[int, np.ndarray]]:
         edges = [*range(self.first, self.last, block), self.last]
-        jobs = [(self.seed, a, b, self.size) for a, b in pairwise(edges)]
+        jobs = [Job(self.seed, a, b, self.size, self.odd) for a, b in pairwise(edges)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         alone = len(jobs) < 4 or cores < 2 or current_process().daemon  # a loader's worker has no workers of its own
         blocks = DataLoader(Blocks(jobs), batch_size=None, num_workers=0 if alone else cores, collate_fn=np.asarray)
-        yield from ((job[1] - self.first, images) for job, images in zip(jobs, blocks, strict=True))
+        yield from ((job.first - self.first, images) for job, images in zip(jobs, blocks, strict=True))
 
 
 class Blocks(Dataset[np.ndarray]):
@@ -168,5 +206,6 @@ class Blocks(Dataset[np.ndarray]):
 
 def render_range(job: Job) -> np.ndarray:
     """Scenes first to last - 1 of a seed. Returns uint8 [n, height, width, 3]."""
-    seed, first, last, size = job
-    return np.stack([render(compose(seed, k), size) for k in range(first, last)])
+    seed, first, last, size, odd = job
+    scenes = (compose_odd(seed, k)[0] if odd else compose(seed, k) for k in range(first, last))
+    return np.stack([render(scene, size) for scene in scenes])

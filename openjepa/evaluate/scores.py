@@ -14,7 +14,7 @@ from openjepa.rng import key
 
 RESAMPLES = 1000
 LEVEL = 0.95
-SHARES = ("accuracy", "mIoU")  # metrics that are shown in percent
+SHARES = ("accuracy", "mIoU", "image AUROC", "pixel AUROC", "PRO", "first guess")  # metrics that are shown in percent
 IGNORED = 255  # the class of pixels that do not count
 
 

@@ -141,6 +141,12 @@ class Attention(nn.Module):
             out = out.transpose(1, 2)
         return cast(Tensor, self.proj(out.flatten(-2)))
 
+    def weights(self, x: Tensor) -> Tensor:
+        """softmax(q k' / sqrt(d)), which the fused kernels never show. x: [B, N, D]. Returns [B, heads, N, N], rows sum to 1."""
+        q, k, _ = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return cast(Tensor, (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1))
+
     def of_last(self, x: Tensor, layout: Layout, last: int) -> Tensor:
         """Queries of the last tokens, keys and values of all."""
         assert not isinstance(layout, Ragged)

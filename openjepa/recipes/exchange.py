@@ -101,7 +101,7 @@ class Trained:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.method.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import to_yaml
 from openjepa.rng import permutation
-from openjepa.see import figures
+from openjepa.see import figures, pictures
 from openjepa.see.report import Section, code, html_table, write_report
 
 SHOWN = 8  # images in a row
@@ -36,7 +36,7 @@ def report(run: Path) -> Path:
     sections = [section for records in together(known) for section in worth(records)]
     family = METHODS[recipe.method]
     masks = family.views(recipe).masks(recipe.seed, 0, np.arange(SHOWN), np.arange(SHOWN))
-    drawn = figures.masks_figure(images[:SHOWN], masks, recipe.model.grid)
+    drawn = pictures.masks_figure(images[:SHOWN], masks, recipe.model.grid)
     sections.append(Section("What it had to predict", family.kind.task, drawn))
     if metrics:
         text = (
@@ -48,12 +48,12 @@ def report(run: Path) -> Path:
         Section(
             "What patches look alike",
             "The three principal directions of the patch features as red, green and blue, the same for all images.",
-            figures.pca_figure([("pretrained", encoder), ("random weights", control)], images[:SHOWN]),
+            pictures.pca_figure([("pretrained", encoder), ("random weights", control)], images[:SHOWN]),
         ),
         Section(
             "What images look alike",
             f"Nearest neighbours by cosine of pooled features, among {len(images)} images.",
-            figures.neighbours_figure(encoder, images),
+            pictures.neighbours_figure(encoder, images),
         ),
         Section(
             "How to make it again", "", body=code("recipe.yaml", to_yaml(recipe)) + code("data.json", pretty(data))

@@ -1,4 +1,4 @@
-"""Pictures of a run: what was hidden, how training went, what the features hold."""
+"""Charts of a run and of measurements: how training went, what it is worth, what it costs. Pictures of images are in `pictures`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from openjepa.evaluate.scores import SHARES, dense
 from openjepa.evaluate.suite import spelled
-from openjepa.masking import Masks, TokenMasks
-from openjepa.models.encoder import Encoder
 
 BLUE, GREY, ORANGE, INK = "#2f6fde", "#b9bfca", "#e0812b", "#22262e"
 COSTS = {"batch": "images a step", "tokens": "patches an image", "width": "encoder width"}
@@ -31,69 +26,6 @@ SPENT = {  # what `openjepa bench fleet` says that a device's time goes to
     "saving_failing_s": ("saving, failing", "#8d5bd6"),
 }
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
-
-
-def masks_figure(images: Tensor, masks: Masks | TokenMasks, grid: tuple[int, int]) -> Figure:
-    """Rows: the image, what is seen of it, what is to be predicted, block by block. images uint8 [n, 3, H, W]."""
-    n, _, height, _ = images.shape
-    p = height // grid[0]
-    figure, axes = canvas(3, n, "image", "context", "targets")
-    for i in range(n):
-        pixels = to_pixels(images[i])
-        if isinstance(masks, TokenMasks):
-            first = masks.hidden[i, 0]  # of several crops
-            context, targets = (~first).nonzero()[:, 0], [first.nonzero()[:, 0]]
-        else:
-            length = masks.context.shape[-1] if masks.lengths is None else int(masks.lengths[i, 0])
-            context, targets = masks.context[i, 0, :length], [*masks.targets[i]]
-        seen = patch_map(context, grid, p)
-        blocks = pixels * 0.25 + 0.7
-        for j, block in enumerate(targets):
-            inside = patch_map(block, grid, p)
-            blocks[inside] = 0.7 * pixels[inside] + 0.3 * np.array(to_rgb(TARGETS[j % len(TARGETS)]))
-        axes[0][i].imshow(pixels)
-        axes[1][i].imshow(np.where(seen[..., None], pixels, 0.93))
-        axes[2][i].imshow(blocks)
-    return figure
-
-
-def pca_figure(encoders: Sequence[tuple[str, Encoder]], images: Tensor) -> Figure:
-    """First three principal components of the patch features as red, green and blue, aligned over the images."""
-    figure, axes = canvas(1 + len(encoders), len(images), "image", *(name for name, _ in encoders))
-    for i, image in enumerate(images):
-        axes[0][i].imshow(to_pixels(image))
-    for row, (_, encoder) in enumerate(encoders, start=1):
-        features = encoder(images)  # [n, N, D]
-        grid = encoder.vit.config.grid
-        colours = principal_colours(features)
-        for i in range(len(images)):
-            axes[row][i].imshow(colours[i].reshape(*grid, 3), interpolation="nearest")
-    return figure
-
-
-def principal_colours(features: Tensor) -> np.ndarray:
-    """[n, N, D] to colours [n, N, 3] in [0, 1]: centred at each place, so that position itself has no colour."""
-    centred = (features - features.mean(0)).flatten(0, 1)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    projected = centred @ axes[:3].T
-    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
-    colours = ((projected - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return colours.view(*features.shape[:2], 3).numpy()
-
-
-def neighbours_figure(encoder: Encoder, images: Tensor, queries: int = 6, count: int = 7) -> Figure:
-    """Each row: an image, then those whose pooled features are nearest by cosine. images uint8 [n, 3, H, W]."""
-    features = F.normalize(torch.cat([encoder.features(part, layers=1) for part in images.split(256)]), dim=-1)
-    queries, count = min(queries, len(images)), min(count, len(images) - 1)
-    nearest = (features[:queries] @ features.T).argsort(dim=1, descending=True)[:, : count + 1]
-    figure, axes = canvas(queries, count + 1)
-    for row in range(queries):
-        for column, index in enumerate(nearest[row].tolist()):
-            axes[row][column].imshow(to_pixels(images[index]))
-        axes[row][0].set_title("query" if row == 0 else "", fontsize=9, color=INK)
-        for side in axes[row][0].spines.values():
-            side.set(visible=True, color=BLUE, linewidth=2)
-    return figure
 
 
 def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:

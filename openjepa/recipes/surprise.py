@@ -1,0 +1,299 @@
+"""Surprise of a run: an energy for each patch, beside those of a reference set; scores of images, and what they are worth."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from openjepa.data.decode import PIXELS_VERSION, BadImage, Box
+from openjepa.data.sources import Source, cache_folder, open_source
+from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, pick_workers
+from openjepa.engine.run import environment
+from openjepa.engine.whole import refuse_unwritable, write_whole
+from openjepa.errors import UserError, nearest
+from openjepa.evaluate import anomalies, suite
+from openjepa.evaluate.anomalies import Levels, image_auroc
+from openjepa.evaluate.features import Images, View, short_hash
+from openjepa.evaluate.scores import IGNORED
+from openjepa.evaluate.surprise import Contrast, Energy, Statistics, Surprise, Unlike, score, usual_block
+from openjepa.evaluate.views import Maps
+from openjepa.masking import Grid
+from openjepa.methods.ijepa import IJEPA
+from openjepa.recipes.exchange import Trained, load_run
+from openjepa.recipes.pretrain import build
+from openjepa.rng import permutation
+
+BATCH = 16  # images whose energies are computed together
+REFERENCE = 1000  # images that statistics are of, at most
+NORMAL = ("normal", "good", "ok", "background")  # names of the class that is not odd
+VERSION = 1  # of what the cache holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What `openjepa surprise` is asked."""
+
+    run: str
+    reference: str
+    data: str
+    out: Path
+    task: str | None = None  # labels or masks that say what is odd
+    normal: str | None = None  # the class of them that is not
+    block: Grid | None = None  # patches that are hidden together; none: as large as the run's own targets
+    stride: int = 1
+    share: float = 1.0
+    squash: bool = False
+    precision: Precision | None = None  # none: the run's
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PatchView(View):
+    """A view of images that hold one patch at least."""
+
+    patch: int = 1
+
+    def box(self, width: int, height: int) -> Box:
+        if min(width, height) < self.patch:
+            raise BadImage(f"{width}x{height} pixels are smaller than a patch of {self.patch}")
+        return super().box(width, height)
+
+
+# ---------------------------------------------------------------- what others ask for, too
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A run's energies, and what is usual for them."""
+
+    energy: Energy
+    statistics: Statistics
+
+    def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """uint8 [B, channels, H, W] to energies and normalised energies [B, rows, columns], and scores [B]."""
+        energies = self.energy(images).numpy()
+        normalised = self.statistics(energies)
+        return energies, normalised, score(normalised)
+
+
+def surprise_of(trained: Trained, block: Grid | None = None, stride: int = 1, precision: Precision | None = None,
+                device: str = "auto") -> Surprise:  # fmt: skip
+    """A run's energy, ready to be called. Raises UserError for a run of a method that predicts no representations."""
+    recipe = trained.recipe
+    if refusal := without_predictor(trained):
+        raise UserError(refusal)
+    assert isinstance(trained.method, IJEPA)
+    where = pick_device(device)
+    block = block or usual_block(recipe.model.grid, recipe.masking.target_scale)
+    autocast = pick_autocast(pick_precision(precision or recipe.precision, where), where)
+    return Surprise(trained.method.to(where), trained.normalise.to(where), autocast, block, stride)
+
+
+def without_predictor(trained: Trained) -> str | None:
+    """Why a run has no surprise, if it has none."""
+    if isinstance(trained.method, IJEPA):
+        return None
+    return f"{trained.run} is a run of {trained.recipe.method}: surprise needs a predictor of representations, which I-JEPA has"
+
+
+def view_of(trained: Trained, source: Source | None = None, share: float = 1.0, squash: bool = False) -> PatchView:
+    """How images are seen: the shorter side resized and the centre cropped, or whole where the source or the user wants it."""
+    model = trained.recipe.model
+    squash = squash or (source is not None and source.whole)
+    return PatchView(model.image_size, model.channels, 1.0 if squash else share, squash, model.patch_size)
+
+
+def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View, most: int = REFERENCE) -> Judge:
+    """A run's energy beside its statistics over a reference set, which are computed once and kept in the cache.
+
+    most: images of the reference that count, a fixed random choice.
+    """
+    about = [
+        VERSION, trained.fingerprint(), source.fingerprint(), source.stamps(), asdict(view), surprise.identity,
+        PIXELS_VERSION, most,
+    ]  # fmt: skip
+    file = cache_folder() / "surprise" / f"{short_hash(about)}.npz"
+    if not file.exists():
+        found = Statistics.of(energies(surprise, reference_images(source, view, most)))
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part.npz")
+        np.savez(part, centre=found.centre, spread=found.spread, images=found.images)
+        part.rename(file)
+    with np.load(file) as kept:
+        return Judge(surprise, Statistics(kept["centre"], kept["spread"], int(kept["images"])))
+
+
+def reference_images(source: Source, view: View, most: int = REFERENCE) -> Images:
+    """Those that statistics are of: all, or a fixed random choice."""
+    chosen = np.sort(permutation(0, "surprise reference", 0, len(source))[:most])
+    return Images(source, chosen, view)
+
+
+def energies(energy: Energy, images: Images, workers: int = 0) -> np.ndarray:
+    """Of all images in order. Returns float32 [n, rows, columns]. Raises UserError for unreadable images."""
+    return torch.cat([energy(batch) for batch in batches(images, workers)]).numpy()
+
+
+def batches(images: Images, workers: int = 0) -> DataLoader[Tensor]:
+    return DataLoader(images, batch_size=BATCH, num_workers=workers)
+
+
+# ---------------------------------------------------------------- what is odd
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Which images are odd, and where, if masks say so. odd: bool [n]; masks: where is 0 for what is usual, of the view's size."""
+
+    task: str
+    normal: str
+    odd: np.ndarray
+    masks: Callable[[int], np.ndarray] | None
+
+
+def truth_of(source: Source, view: View, task: str | None, normal: str | None) -> Truth | None:
+    """What labels or masks of a set say; None where nothing does. Raises UserError for what is asked for and not there."""
+    known = {**source.classes, **{name: classes for name, classes in source.maps.items() if classes}}
+    if task is not None and task not in known:
+        there = (
+            f"there are {', '.join(sorted(known))}{nearest(task, known)}"
+            if known
+            else "it has neither labels nor masks"
+        )
+        raise UserError(f"--task {task}: no such labels or masks: {there}")
+    asked = [task] if task else [name for name in known if name in source.maps] + list(source.classes)
+    for name in asked:
+        classes = known[name]
+        usual = normal or next((c for c in classes if c.lower() in NORMAL), None)
+        if usual in classes:
+            return told(source, view, name, usual)
+        if task:
+            raise UserError(f"which class of '{task}' is the usual one? --normal NAME: {', '.join(classes[:20])}")
+    if normal:
+        raise UserError(f"--normal {normal}: no labels or masks have such a class")
+    return None
+
+
+def told(source: Source, view: View, task: str, normal: str) -> Truth:
+    if task not in source.maps:
+        return Truth(task, normal, source.labels[task] != source.classes[task].index(normal), None)
+    maps, number = Maps(source, task), (source.maps[task] or []).index(normal)
+
+    def mask(index: int) -> np.ndarray:
+        values = maps.seen(index, view.box, view.size).numpy()
+        return np.where(values == number, 0, np.where(values == IGNORED, IGNORED, 1))
+
+    odd = np.array([(mask(i) == 1).any() for i in range(len(source))])
+    return Truth(task, normal, odd, mask)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def surprise(question: Question, console: Console) -> list[dict[str, Any]]:
+    """Write scores and maps to OUT.parquet, and what they are worth to OUT.json where something says what is odd.
+
+    Returns the records of the latter. Raises UserError.
+    """
+    refuse_unwritable(question.out.parent)
+    trained = load_run(question.run)
+    energy = surprise_of(trained, question.block, question.stride, question.precision, question.device)
+    size = trained.recipe.model.image_size
+    reference, source = open_source(question.reference, size), open_source(question.data, size)
+    views = [view_of(trained, s, question.share, question.squash) for s in (reference, source)]
+    truth = truth_of(source, views[1], question.task, question.normal)
+    judge = judge_of(energy, trained, reference, views[0])
+    images = Images(source, np.arange(len(source)), views[1])
+    workers = pick_workers(None, energy.blocks.device)
+    found = judge.statistics(energies(energy, images, workers))
+    write_scores(question, trained, source, found, truth)
+    console.print(f"{len(found)} images scored, {question.out}", highlight=False, soft_wrap=True)
+    if truth is None:
+        console.print(
+            "nothing says what is odd in these images (--task and --normal name labels or masks)", highlight=False
+        )
+        return []
+    records = worth(found, truth, "pretrained")
+    for name, other in controls(trained, energy, reference, views[0]):
+        usual = Statistics.of(energies(other, reference_images(reference, views[0]), workers))
+        records += worth(usual(energies(other, images, workers)), truth, name)
+    about = {
+        "command": shlex.join(["openjepa", *sys.argv[1:]]),
+        "run": question.run, "step": trained.step, "reference": question.reference, "data": question.data,
+        "task": truth.task, "normal": truth.normal, "environment": environment(), "results": records,
+    }  # fmt: skip
+    write_whole(question.out.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    title = f"surprise of {question.run} at step {trained.step}, {question.data}, {int(truth.odd.sum())} of {len(found)} odd"
+    console.print(suite.table(records, title))
+    console.print(f"written to {question.out.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    return records
+
+
+def controls(trained: Trained, energy: Surprise, reference: Source, view: View) -> Iterator[tuple[str, Energy]]:
+    """The same with the weights that the run began with, and two energies of raw pixels."""
+    begun = cast(IJEPA, build(trained.recipe).eval().requires_grad_(False)).to(energy.blocks.device)
+    yield "random weights", Surprise(begun, energy.normalise, energy.autocast, energy.block, energy.stride)
+    yield "raw pixels", Unlike(batches(reference_images(reference, view)), energy.grid)
+    yield "contrast", Contrast(energy.grid)
+
+
+def worth(normalised: np.ndarray, truth: Truth, of: str) -> list[dict[str, Any]]:
+    """How well images and places are told, of maps [n, rows, columns]."""
+    answers = [image_auroc(score(normalised), truth.odd)]
+    if truth.masks:
+        first = truth.masks(0)
+        levels = Levels.of(normalised)
+        for i, values in enumerate(normalised):
+            levels.add(spread(values, first.shape), truth.masks(i))
+        answers += levels.answers()
+    return anomalies.records(answers, of, truth.task)
+
+
+def spread(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A map of patches as a map of pixels. [rows, columns] to [H, W]."""
+    image = torch.from_numpy(values)[None, None]
+    return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def write_scores(question: Question, trained: Trained, source: Source, found: np.ndarray, truth: Truth | None) -> None:
+    """One row an image: id, path, label, score, and the map as a list of rows * columns numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n, rows, columns = found.shape
+    task = next((name for name in (truth and truth.task, "label") if name in source.labels), None)
+    labels = [source.classes[task][i] for i in source.labels[task]] if task else [None] * n
+    about = {
+        "rows": rows, "columns": columns, "run": question.run, "step": trained.step,
+        "fingerprint": trained.fingerprint(), "reference": question.reference,
+        "unit": "deviations from the reference's mean at each place",
+    }  # fmt: skip
+    fields: dict[str, Any] = {
+        "id": pa.array(range(n), pa.int64()),
+        "path": pa.array([source.name(i) for i in range(n)], pa.string()),
+        "label": pa.array(labels, pa.string()),
+        "score": pa.array(score(found), pa.float32()),
+        "map": pa.FixedSizeListArray.from_arrays(pa.array(found.ravel(), pa.float32()), rows * columns),
+    }
+    if truth:
+        fields["odd"] = pa.array(truth.odd)
+    table = pa.table(fields).replace_schema_metadata({b"openjepa": json.dumps(about).encode()})
+    part = question.out.with_name(question.out.name + ".part")
+    question.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        pq.write_table(table, part)
+        part.rename(question.out)
+    finally:
+        part.unlink(missing_ok=True)

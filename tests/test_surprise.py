@@ -1,0 +1,422 @@
+"""Claims about surprise: the map is what it says, a planted error is found, odd things are odd, scores are the field's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
+
+from openjepa.data.scenes import compose, compose_odd
+from openjepa.data.sources import open_source
+from openjepa.errors import UserError
+from openjepa.evaluate.anomalies import IGNORED, Levels, image_auroc
+from openjepa.evaluate.surprise import Contrast, Statistics, Surprise, Unlike, outside, score, sliding, usual_block
+from openjepa.masking import Masks
+from openjepa.methods.ijepa import LossConfig
+from openjepa.models.encoder import Normalise
+from openjepa.recipes.exchange import load_run
+from openjepa.recipes.ijepa import ijepa_scenes
+from openjepa.recipes.pretrain import build, pretrain
+from openjepa.recipes.surprise import PatchView, judge_of, surprise_of, truth_of
+from tests.helpers import command, refused
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+
+
+def photographs(count: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5), (2, 7)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sliding_blocks_cover_every_patch_and_are_rectangles(grid, stride):
+    blocks = sliding(grid, (2, 3), stride)
+    assert set(blocks.flatten().tolist()) == set(range(grid[0] * grid[1]))
+    for block in blocks:
+        rows, columns = block // grid[1], block % grid[1]
+        assert len(rows.unique()) == 2
+        assert len(columns.unique()) == 3
+        assert int(columns.max() - columns.min()) == 2  # not around an edge
+    rest = outside(blocks, grid[0] * grid[1])
+    for block, seen in zip(blocks.tolist(), rest.tolist(), strict=True):
+        assert sorted(block + seen) == list(range(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize(
+    ("block", "stride", "says"),
+    [((9, 2), 1, "does not fit"), ((8, 8), 1, "does not fit"), ((0, 1), 1, "does not fit"), ((2, 3), 3, "leaves gaps")],
+)
+def test_blocks_that_hide_nothing_or_all_are_refused(block, stride, says):
+    with pytest.raises(UserError, match=says):
+        sliding((8, 8), block, stride)
+
+
+def test_the_usual_block_is_of_the_targets_size():
+    assert usual_block((14, 14), (0.15, 0.2)) == (6, 6)
+    assert usual_block((8, 8), (0.15, 0.2)) == (3, 3)
+    assert usual_block((2, 2), (0.9, 1.0)) == (1, 1)
+
+
+# ---------------------------------------------------------------- energies
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [LossConfig(), LossConfig(kind="l2"), LossConfig(target="pixels"), LossConfig(target_mask="input")],
+    ids=["released", "l2", "pixels", "input"],
+)
+def test_the_map_equals_a_plain_double_loop(tiny, loss):
+    """One image and one block at a time, the energies of its patches by the method's own loss."""
+    recipe = replace(tiny, loss=loss, model=replace(tiny.model, image_size=(20, 28)))
+    method, grid = build(recipe).eval().requires_grad_(False), (5, 7)
+    images = photographs(3, 20, 28)
+    surprise = Surprise(method, Normalise(MEAN, STD), torch.no_grad, (2, 3))
+    found = surprise(images)
+    for i in range(3):
+        image = Normalise(MEAN, STD)(images[i : i + 1])
+        total, count = torch.zeros(grid), torch.zeros(grid)
+        for top in range(4):
+            for left in range(5):
+                hidden = torch.zeros(grid, dtype=torch.bool)
+                hidden[top : top + 2, left : left + 3] = True
+                context, block = (~hidden).flatten().nonzero()[:, 0], hidden.flatten().nonzero()[:, 0]
+                guess = method.predictor(method.encoder(image, context[None]), context[None], block[None, None])[0, 0]
+                target = method.targets(image, Masks(context[None, None], block[None, None]))[0, 0]
+                for k, patch in enumerate(block.tolist()):
+                    energy = method.loss(guess[k][None, None, None], target[k][None, None, None])
+                    total[patch // 7, patch % 7] += energy[0]
+                    count[patch // 7, patch % 7] += 1
+        assert torch.allclose(found[i], total / count, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_a_blocks_energies_is_the_methods_own_loss(tiny):
+    method = build(tiny).eval()
+    images, block = photographs(2), sliding((8, 8), (8, 4))[:1]
+    surprise = Surprise(method, Normalise(MEAN, STD), torch.no_grad, (8, 4), 4)  # two halves, each seen once
+    halves = [
+        Masks(outside(half, 64).expand(2, 1, -1), half.expand(2, 1, -1)) for half in sliding((8, 8), (8, 4), 4).split(1)
+    ]
+    own = torch.stack([method(Normalise(MEAN, STD)(images), masks)["losses"] for masks in halves]).mean(0)
+    assert block.shape == (1, 32)
+    assert torch.allclose(surprise(images).mean((1, 2)), own, rtol=1e-5)
+
+
+def test_batches_and_chunks_change_nothing(tiny, monkeypatch):
+    method = build(tiny).eval()
+    images = photographs(5)
+    whole = Surprise(method, Normalise(MEAN, STD), torch.no_grad, (3, 3))(images)
+    monkeypatch.setattr("openjepa.evaluate.surprise.TOKENS", 64 * 7)
+    parts = torch.cat([Surprise(method, Normalise(MEAN, STD), torch.no_grad, (3, 3))(part) for part in images.split(2)])
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_a_planted_error_is_localised(tiny):
+    """A predictor that is right but at one patch of one image."""
+    method = build(tiny).eval()
+    images = photographs(4)
+    normalise = Normalise(MEAN, STD)
+    truth = method.loss.levelled(method.target_encoder(normalise(images)))
+    wrong = truth.clone()
+    wrong[2, 5 * 8 + 6] += 3
+
+    class Oracle(torch.nn.Module):
+        def forward(self, context, visible, targets, ragged=None):
+            return torch.stack([wrong[self.of[i], block] for i, block in enumerate(targets[:, 0])])[:, None]
+
+    oracle = Oracle()
+    encode = method.encode_context
+
+    def remember(normalised, masks, c):  # which of the images each row of a chunk is
+        flat, all_ = normalised.flatten(1), normalise(images).flatten(1)
+        oracle.of = [int((all_ == row).all(1).nonzero()[0]) for row in flat]
+        return encode(normalised, masks, c)
+
+    method.encode_context, method.predictor = remember, oracle
+    found = Surprise(method, normalise, torch.no_grad, (3, 3))(images)
+    assert float(found[2, 5, 6]) > 1
+    found[2, 5, 6] = 0
+    assert float(found.abs().max()) < 1e-6
+
+
+def test_pixel_controls_find_what_they_are_made_to_find():
+    flat = torch.full((3, 3, 32, 32), 100, dtype=torch.uint8)
+    bright, rough = flat.clone(), flat.clone()
+    bright[1, :, 8:12, 20:24] = 200
+    rough[2, :, 24:28, 4:8:2] = 0
+    unlike = Unlike(flat.split(2), (8, 8))(bright)
+    assert unlike.flatten().argmax() == 64 + 2 * 8 + 5
+    assert int((unlike > 0).sum()) == 1
+    contrast = Contrast((8, 8))(rough)
+    assert contrast[2].flatten().argmax() == 6 * 8 + 1
+    assert float(contrast[:2].max()) < 1e-9
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_maps_of_the_reference_itself_have_mean_zero_and_deviation_one_at_each_place():
+    rng = np.random.default_rng(0)
+    maps = (rng.normal(size=(2000, 3, 4)) * np.arange(1, 13).reshape(3, 4) + 7).astype(np.float32)
+    normalised = Statistics.of(maps)(maps)
+    assert np.abs(normalised.mean(0)).max() < 1e-3
+    assert np.abs(normalised.std(0)[1:] - 1).max() < 0.03  # the smallest one leans on the others
+
+
+def test_a_place_that_a_small_reference_never_saw_vary_is_not_infinitely_odd():
+    maps = np.random.default_rng(0).normal(size=(5, 2, 2)).astype(np.float32)
+    maps[:, 0, 0] = 1.0
+    odd = np.full((1, 2, 2), 2.0, dtype=np.float32)
+    assert 0 < Statistics.of(maps)(odd)[0, 0, 0] < 5
+
+
+def test_one_image_is_no_reference():
+    with pytest.raises(UserError, match="reference of 1 images"):
+        Statistics.of(np.zeros((1, 2, 2), dtype=np.float32))
+
+
+# ---------------------------------------------------------------- what scores are worth
+
+
+def test_image_auroc_is_sklearns_with_ties():
+    rng = np.random.default_rng(0)
+    scores, odd = rng.integers(0, 9, 200).astype(np.float32), rng.random(200) < 0.3
+    answer = image_auroc(scores + 2 * odd, odd)
+    assert answer.value == pytest.approx(roc_auc_score(odd, scores + 2 * odd))
+    assert answer.interval[0] < answer.value < answer.interval[1]
+
+
+def planted(count: int = 12, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy maps that are a little higher in one or two blobs of most images; some pixels do not count."""
+    rng = np.random.default_rng(1)
+    masks = np.zeros((count, size, size), dtype=np.uint8)
+    for i in range(count - 3):
+        masks[i, 4:10, 5:9] = 1
+        if i % 2:
+            masks[i, 20:22, 20:30] = 1
+    maps = rng.normal(size=masks.shape).astype(np.float32) + masks
+    masks[:, :, -1] = IGNORED
+    return maps, masks
+
+
+def levels(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    found = Levels.of(maps)
+    for one, mask in zip(maps, masks, strict=True):
+        found.add(one, mask)
+    return {answer.metric: answer.value for answer in found.answers()}
+
+
+def test_pixel_auroc_is_sklearns():
+    maps, masks = planted()
+    counted = masks != IGNORED
+    assert levels(maps, masks)["pixel AUROC"] == pytest.approx(roc_auc_score(masks[counted], maps[counted]), abs=2e-3)
+
+
+def test_pro_is_the_area_under_the_regions_mean_overlap():
+    """Against thresholds one by one, as its paper has it (Bergmann et al., 2020)."""
+    maps, masks = planted()
+    points = []
+    for threshold in np.quantile(maps, np.linspace(1, 0, 400)):
+        taken = maps >= threshold
+        shares = [
+            taken[i][labelled == r].mean()
+            for i, (labelled, count) in enumerate(ndimage.label(m == 1, np.ones((3, 3))) for m in masks)
+            for r in range(1, count + 1)
+        ]
+        points.append((taken[masks == 0].mean(), np.mean(shares)))
+    false, right = np.array(points).T
+    ends = np.linspace(0, 0.3, 1000)
+    assert levels(maps, masks)["PRO"] == pytest.approx(
+        np.trapezoid(np.interp(ends, false, right), ends) / 0.3, abs=5e-3
+    )
+
+
+def test_perfect_and_reversed_maps_reach_the_ends_of_every_score():
+    _, masks = planted()
+    truth = (masks == 1).astype(np.float32) + np.random.default_rng(0).random(masks.shape, dtype=np.float32) / 10
+    assert levels(truth, masks) == pytest.approx({"pixel AUROC": 1, "PRO": 1, "first guess": 1}, abs=5e-3)
+    assert levels(-truth, masks) == pytest.approx({"pixel AUROC": 0, "PRO": 0, "first guess": 0}, abs=5e-3)
+
+
+# ---------------------------------------------------------------- odd scenes
+
+
+def test_odd_scenes_are_the_usual_ones_but_for_one_object(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path))
+    usual, odd = open_source("scenes:40"), open_source("scenes:40:odd")
+    assert 10 < odd.labels["odd"].sum() < 30
+    assert odd.fingerprint() != usual.fingerprint()
+    for k in range(40):
+        mask = odd.read_map("odd", k)
+        changed = (usual.read(k) != odd.read(k)).any(-1)
+        assert mask.any() == odd.labels["odd"][k] == changed.any()
+        assert changed[mask == 1].mean() > 0.7 if mask.any() else True
+        edge = ndimage.binary_dilation(mask, np.ones((3, 3)))  # pixels that share an edge with it
+        assert not changed[~edge].any()
+
+
+def test_only_the_patchwork_tells_an_odd_scene_from_its_usual_self():
+    for k in range(20):
+        scene, odd = compose_odd(0, k)
+        for i, (thing, usual) in enumerate(zip(scene.objects, compose(0, k).objects, strict=True)):
+            assert thing == replace(usual, patchwork=i == odd)
+
+
+@pytest.mark.parametrize("spec", ["scenes:10:even", "scenes:10:odd:odd", "scenes::od"])
+def test_other_kinds_of_scenes_are_refused(spec):
+    with pytest.raises(UserError, match="perhaps :odd"):
+        open_source(spec)
+
+
+# ---------------------------------------------------------------- what is odd
+
+
+def annotated(root: Path, sizes: tuple[int, int] = (40, 36)) -> Path:
+    """Ten images, of which four hold a bright square; masks beside them."""
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        pixels, mask = rng.integers(90, 110, (*sizes, 3)), np.zeros(sizes, dtype=np.uint8)
+        if i < 4:
+            pixels[10:20, 12:22], mask[10:20, 12:22] = 255, 2
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"{i}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i}.png")
+    (root / "classes.txt").write_text("good\nscratch\nhole\n")
+    return root
+
+
+def test_masks_beside_images_say_what_is_odd_and_where(tmp_path):
+    source = open_source(str(annotated(tmp_path / "a")))
+    truth = truth_of(source, PatchView((32, 32)), None, None)
+    assert truth.odd.tolist() == [True] * 4 + [False] * 6
+    assert truth.masks(0).shape == (32, 32)
+    assert 0 < truth.masks(0).mean() < 0.2
+    assert not truth.masks(7).any()
+
+
+def test_folders_say_what_is_odd_where_the_usual_one_is_named(folder):
+    source, view = open_source(str(folder)), PatchView((32, 32))
+    assert truth_of(source, view, None, None) is None
+    assert truth_of(source, view, None, "blue").odd.tolist() == [False] * 20 + [True] * 20
+    with pytest.raises(UserError, match=r"which class of 'label'.*blue, red"):
+        truth_of(source, view, "label", None)
+    with pytest.raises(UserError, match="there are label; did you mean 'label'"):
+        truth_of(source, view, "labl", None)
+    with pytest.raises(UserError, match="no labels or masks have such a class"):
+        truth_of(source, view, None, "green")
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_scores_and_maps_are_written_and_said_to_be_worth_something(
+    monkeypatch, capsys, tmp_path, trained, folder, cache
+):
+    data, out = annotated(tmp_path / "a"), tmp_path / "out" / "scores.parquet"
+    words = ["surprise", str(trained), "--reference", str(folder), "--data", str(data), "--out", str(out)]
+    status, text, errors = command(monkeypatch, capsys, *words)
+    assert status == 0, errors
+    table = pq.read_table(out)
+    about = json.loads(table.schema.metadata[b"openjepa"])
+    assert (about["rows"], about["columns"]) == (6, 10)
+    assert table.column_names == ["id", "path", "label", "score", "map", "odd"]
+    assert table.schema.field("map").type.list_size == 60
+    assert table["path"].to_pylist() == [f"{i}.png" for i in range(10)]
+    maps = np.array(table["map"].to_pylist(), dtype=np.float32).reshape(10, 6, 10)
+    assert np.allclose(score(maps), table["score"].to_numpy())
+    told = json.loads(out.with_suffix(".json").read_text())
+    of = {"pretrained", "random weights", "raw pixels", "contrast"}
+    metrics = {"image AUROC", "pixel AUROC", "PRO", "first guess"}
+    assert {(r["of"], r["metric"]) for r in told["results"]} == {(o, m) for o in of for m in metrics}
+    value = {(r["of"], r["metric"]): r["value"] for r in told["results"]}
+    assert value["contrast", "image AUROC"] == 1.0
+    assert "contrast" in text
+
+    def never(maps):
+        raise AssertionError("the statistics are there")
+
+    kept = list((cache / "surprise").iterdir())
+    assert len(kept) == 1
+    trained_run, source = load_run(trained), open_source(str(folder))
+    energy = surprise_of(trained_run)
+    monkeypatch.setattr(Statistics, "of", never)
+    judge_of(energy, trained_run, source, PatchView((24, 40), patch=4))
+    with pytest.raises(AssertionError):
+        judge_of(surprise_of(trained_run, (1, 1)), trained_run, source, PatchView((24, 40), patch=4))
+
+
+def test_without_truth_scores_are_written_and_it_is_said(monkeypatch, capsys, tmp_path, trained, folder, cache):
+    out = tmp_path / "s.parquet"
+    words = ["surprise", str(trained), "--reference", str(folder), "--data", str(folder), "--out", str(out)]
+    status, text, errors = command(monkeypatch, capsys, *words)
+    assert status == 0, errors
+    assert "nothing says what is odd" in text
+    assert set(pq.read_table(out)["label"].to_pylist()) == {"blue", "red"}
+    assert not out.with_suffix(".json").exists()
+
+
+def test_a_reference_of_other_channels_is_seen_as_the_run_sees_images(monkeypatch, capsys, tmp_path, trained, cache):
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (30, 44), dtype=np.uint8)
+        Image.fromarray(pixels).save(grey / f"{i}.png")
+    words = ["--reference", str(grey), "--data", str(grey), "--out", str(tmp_path / "s.parquet")]
+    assert command(monkeypatch, capsys, "surprise", str(trained), *words)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("{tmp}/none --reference {folder} --data {folder} --out {tmp}/s.parquet", "is not a run"),
+        ("{tmp} --reference {folder} --data {folder} --out {tmp}/s.parquet", "is not a run"),
+        ("{run} --reference {tmp}/none --data {folder} --out {tmp}/s.parquet", "no such file or folder"),
+        ("{run} --reference {one} --data {folder} --out {tmp}/s.parquet", "a reference of 1 images"),
+        ("{run} --reference {folder} --data {small} --out {tmp}/s.parquet", "3x3 pixels are smaller than a patch of 4"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 6,10", "does not fit"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 3", "--block is '3'"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --stride 9", "leaves gaps"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --task x", "no such labels or masks"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --crop 0", "above 0 and at most 1"),
+    ],
+)
+def test_mistakes_get_one_line(monkeypatch, capsys, tmp_path, trained, folder, cache, words, says):
+    for name, size in (("one", 20), ("small", 3)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (size, size)).save(tmp_path / name / "a.png")
+    told = words.format(tmp=tmp_path, run=trained, folder=folder, one=tmp_path / "one", small=tmp_path / "small")
+    assert says in refused(monkeypatch, capsys, "surprise", *told.split())
+    assert not (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.slow
+def test_a_short_run_finds_odd_scenes_better_than_its_controls(tmp_path, cache):
+    from openjepa.recipes.surprise import Question, surprise
+
+    recipe = ijepa_scenes()
+    recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=4), precision="fp32")
+    pretrain(recipe, "scenes:4000", tmp_path / "run", Console(quiet=True))
+    question = Question(
+        run=str(tmp_path / "run"), reference="scenes:4000-4500", data="scenes:5000-5500:odd", out=tmp_path / "s.parquet"
+    )
+    value = {(r["of"], r["metric"]): r["value"] for r in surprise(question, Console(quiet=True))}
+    for metric in ("image AUROC", "pixel AUROC"):
+        assert value["pretrained", metric] > 0.6
+        assert value["pretrained", metric] > max(value[o, metric] for o in ("random weights", "raw pixels", "contrast"))
