@@ -19,7 +19,6 @@ SMALL = [
 
 def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "PACE_STEPS", 4)
-    monkeypatch.setattr(bench, "POINTS", 2)
     monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
     file, picture = tmp_path / "here.json", tmp_path / "compared.png"
     words = [
@@ -29,6 +28,8 @@ def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
         "scenes:200",
         "--budget",
         "1s",
+        "--looks",
+        "2",
         "--out",
         str(file),
         "--plot",
@@ -40,7 +41,7 @@ def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
     assert picture.stat().st_size > 10_000
     (record,) = json.loads(file.read_text()).values()
     rows = record["rows"]
-    assert record["command"].startswith("openjepa bench compare --data scenes:200 --budget 1s")
+    assert record["command"].startswith("openjepa bench compare --data scenes:200 --budget 1s --looks 2")
     for name in ("ijepa", "mae", "ibot"):
         looks = [row for row in rows if row["who"] == name]
         assert len(looks) == 2
@@ -143,6 +144,7 @@ def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
         (["--budget", "0s"], "give a time such as"),
         (["--seeds", "one"], "give whole numbers"),
         (["--seeds", "0,0"], "each once"),
+        (["--looks", "0"], "1 or more"),
         (["--methods", "ijepa,ijepa:predictor.width=100", "--data", "scenes:80", *SMALL], "set predictor.heads"),
         (["--methods", "ijepa,mae:data.batch_size=90", "--data", "scenes:80", *SMALL], "larger than the data set"),
         (["--masking.hidden", "0.5"], "'masking' is a part of ijepa and mae"),

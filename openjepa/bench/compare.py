@@ -38,7 +38,7 @@ from openjepa.recipes.named import RECIPES
 from openjepa.recipes.pretrain import pretrain, random_encoder
 from openjepa.recipes.recipe import Recipe, override
 
-POINTS = 5  # looks at each run
+LOOKS = "5"  # at each run, unless told
 PACE_STEPS = 40  # that show it, the first half to warm up
 LABELLED, TESTED = 10_000, 5_000  # most images that a look uses
 K = 20
@@ -125,7 +125,7 @@ class Jury:
 
 
 def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "ijepa,mae,ibot", budget: str = "30min",
-            seeds: str = "0", values: Mapping[str, str] | None = None, begun: Rows | None = None,
+            seeds: str = "0", looks: str = LOOKS, values: Mapping[str, str] | None = None, begun: Rows | None = None,
             keep: Callable[[Rows], None] = lambda rows: None) -> Rows:  # fmt: skip
     """Rows: a look at a contestant, with its seconds and steps of training; then the controls. Raises UserError.
 
@@ -134,6 +134,8 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
     entered, limit = contestants(methods.split(","), values or {}), seconds_of(budget)
     if not re.fullmatch(r"\d+(,\d+)*", seeds) or len(set(seeds.split(","))) <= seeds.count(","):
         raise UserError(f"--seeds {seeds}: give whole numbers, each once, such as 0,1")
+    if not looks.isdecimal() or not int(looks):
+        raise UserError(f"--looks {looks}: give a whole number, 1 or more")
     first = entered[0].recipe
     alike = {
         (c.recipe.model.image_size, c.recipe.model.patch_size, c.recipe.model.dim, c.recipe.model.n_blocks)
@@ -159,9 +161,9 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
             if (contestant.name, seed) in seen:
                 continue
             recipe = replace(contestant.recipe, seed=seed, precision=precision)
-            looks = looked_at(contestant.name, recipe, spec, source, limit, jury)
+            seen_at = looked_at(contestant.name, recipe, spec, source, limit, jury, int(looks))
             chance = jury.encoder(random_encoder(recipe), precision)
-            rows += [*looks, control(f"{contestant.name}, random weights", seed, chance)]
+            rows += [*seen_at, control(f"{contestant.name}, random weights", seed, chance)]
             keep(rows)
     return [*rows, control("raw pixels", 0, jury.pixels())]
 
@@ -178,18 +180,18 @@ def control(name: str, seed: int, scores: Mapping[str, float]) -> dict[str, obje
     return {"who": name, "seed": seed, "step": 0, "images": 0, "seconds": 0.0, "images_per_s": 0.0, **scores}
 
 
-def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float, jury: Jury) -> Rows:
+def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float, jury: Jury, looks: int) -> Rows:
     """Train one contestant for its time, then look at what it was on the way."""
     per_epoch = steps_per_epoch(len(source), recipe.data.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         pace = stretched(recipe, PACE_STEPS, per_epoch, PACE_STEPS // 2)
         pretrain(pace, spec, Path(folder) / "pace", Console(quiet=True))
         speed = read_metrics(Path(folder) / "pace")[-1]["images_per_s"]
-        steps = max(POINTS, round(limit * speed / recipe.data.batch_size))
-        every = steps // POINTS
-        print(f"{name}, seed {recipe.seed}: {speed:.0f} images/s, {every * POINTS} steps", file=sys.stderr)
+        steps = max(looks, round(limit * speed / recipe.data.batch_size))
+        every = steps // looks
+        print(f"{name}, seed {recipe.seed}: {speed:.0f} images/s, {every * looks} steps", file=sys.stderr)
         run = Path(folder) / "run"
-        pretrain(stretched(recipe, every * POINTS, per_epoch, every), spec, run, Console(quiet=True))
+        pretrain(stretched(recipe, every * looks, per_epoch, every), spec, run, Console(quiet=True))
         seconds = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
         rows: Rows = []
         for found in checkpoints(run):
@@ -218,5 +220,5 @@ def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
         ibot=ibot,
         schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=recipe.schedule.warmup_epochs * factor),
         monitors=replace(recipe.monitors, log_every=every, knn_every=0),
-        machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=POINTS + 1),
+        machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=steps // every + 1),
     )
