@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from openjepa.engine.checkpoint import checkpoints
+from openjepa.recipes.embedding import Embedding, embed
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, from_dict, override, to_yaml
@@ -76,17 +77,19 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(monkeypatch, ca
         assert f"going on from step {stopped} of 10" in said
 
 
-@pytest.mark.parametrize("what", ["pretrain", "export", "import", "evaluate", "report", "finetune"])
+@pytest.mark.parametrize("what", ["pretrain", "export", "import", "evaluate", "report", "finetune", "embed", "search"])
 def test_a_full_disk_is_told_in_one_line_by_every_command(monkeypatch, capsys, tmp_path, begun, folder, what):
     with small_disk(tmp_path / "disk", "4k") as disk:
         status, _, error = command(monkeypatch, capsys, *every_command(what, *begun, folder, disk, tmp_path))
         assert status == 2
         assert "No space left on device" in error.splitlines()[-1]
-        if what in ("export", "import", "finetune"):
+        if what in ("export", "import", "finetune", "search"):
             assert not list(disk.iterdir())
 
 
-@pytest.mark.parametrize("what", ["pretrain", "go on", "export", "import", "evaluate", "report", "finetune"])
+@pytest.mark.parametrize(
+    "what", ["pretrain", "go on", "export", "import", "evaluate", "report", "finetune", "embed", "search"]
+)
 def test_a_read_only_disk_is_told_in_one_line_by_every_command(monkeypatch, capsys, tmp_path, begun, folder, what):
     with small_disk(tmp_path / "disk", "64m") as disk:
         if what != "report":
@@ -105,6 +108,9 @@ def every_command(what: str, recipe: Recipe, run: Path, folder: Path, disk: Path
         from openjepa.recipes.exchange import export
 
         export(str(run), "safetensors", tmp_path / "exported")
+    features = tmp_path / "features.parquet"
+    if what == "search":
+        embed(Embedding(run=str(run), data=str(folder), out=features), Console(quiet=True))
     if what == "report":
         (disk / "run").mkdir(exist_ok=True)
         for name in ("recipe.yaml", "data.json", "metrics.jsonl"):
@@ -118,6 +124,8 @@ def every_command(what: str, recipe: Recipe, run: Path, folder: Path, disk: Path
         "evaluate": ["evaluate", str(run), *labelled, "--protocols", "knn", "--out", str(disk / "new")],
         "report": ["report", str(disk / "run")],
         "finetune": ["finetune", str(run), *labelled, "--out", str(disk / "new"), "--finetune.epochs", "1"],
+        "embed": ["embed", str(run), "--data", str(folder), "--out", str(disk / "new.parquet")],
+        "search": ["search", "build", str(features), "--out", str(disk / "new")],
     }[what]
 
 
