@@ -344,7 +344,7 @@ def say(found: Any, as_json: bool) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
-def tail(text: str, longest: int = 48) -> str:
+def tail(text: str, longest: int = 40) -> str:
     """The end of a long path."""
     return text if len(text) <= longest else "…" + text[1 - longest :]
 

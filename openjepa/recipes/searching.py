@@ -178,7 +178,7 @@ class Table:
         """Rows by cosine with a vector [d]; all are looked at up to LARGE rows, else an index is."""
         query = self.lance.search(vector, vector_column_name="vector").distance_type("cosine")
         if self.rows > LARGE:
-            query = query.nprobes(max(20, partitions(self.rows) // 10))
+            query = query.nprobes(max(20, partitions(self.rows) // 5))
         found = query.select([*self.columns, "_distance"]).limit(count).to_list()
         return [self.hit(row, 1 - row["_distance"]) for row in found]
 
@@ -223,7 +223,7 @@ def outliers(table: Table, count: int, k: int, device: torch.device) -> list[Hit
     """Rows that are farthest from their k-th neighbour, whose cosine is their score. Raises UserError."""
     if not 1 <= k < table.rows:
         raise UserError(
-            f"-k {k}: {table.folder} has {table.rows} rows, so that a neighbour is the 1st to {table.rows - 1}th"
+            f"-k {k}: {table.folder} has {table.rows} rows, and each of them {table.rows - 1} neighbours: ask for 1 to as many"
         )
     if count < 1:
         raise UserError(f"-n {count}: give 1 or more")
