@@ -14,6 +14,7 @@ from openjepa.errors import UserError, nearest
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
 
+AUTO = "ijepa_auto"
 # What a full, broken or closed disk says, wherever it is said.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
@@ -136,10 +137,13 @@ def training(args: argparse.Namespace, values: dict[str, str], processes: int) -
     from openjepa.recipes.recipe import of_processes, override
 
     out = Path(args.out)
-    recipe, of_one_process = chosen(args)
+    begun = (out / "recipe.yaml").exists()
+    if args.budget and args.recipe != AUTO:
+        raise UserError(f"--budget is of {AUTO}: others say how long they train, --schedule.epochs")
+    recipe, of_one_process = (None, False) if args.recipe == AUTO and begun else chosen(args, processes)
     if recipe and of_one_process:
         recipe = of_processes(recipe, processes)
-    recipe = recipe or (saved_recipe(out) if (out / "recipe.yaml").exists() else None)
+    recipe = recipe or (saved_recipe(out) if begun else None)
     if recipe is None:
         raise UserError("which recipe? give --recipe NAME (openjepa recipes lists them) or --config FILE.yaml")
     data = args.data or (saved_data(out)["data"] if (out / "data.json").exists() else None)
@@ -432,9 +436,13 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.recipe import to_yaml
 
     refuse(rest)
+    if (args.data or args.budget) and args.name != AUTO:
+        raise UserError(f"--data and --budget are of {AUTO}")
     if args.name:
-        print(to_yaml(named(args.name)), end="")
+        recipe = automatic(args.data, args.budget) if args.name == AUTO else named(args.name)
+        print(to_yaml(recipe), end="")
         return
+    print(f"{AUTO:24} Chosen for your images, this machine and a time: --data SPEC --budget 30min; says why.")
     for name, make in RECIPES.items():
         print(f"{name:24} {(make.__doc__ or '').strip().splitlines()[0]}")
 
@@ -495,6 +503,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
     p.add_argument("--data", metavar="SPEC", help=SPEC)
+    p.add_argument("--budget", metavar="TIME", help=f"with {AUTO}: 30min unless told")
     p.add_argument("--out", metavar="RUN", required=True)
 
     p = commands.add_parser(
@@ -655,6 +664,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("recipes", help="list the recipes, or print one")
     p.add_argument("name", nargs="?")
+    p.add_argument("--data", metavar="SPEC", help=f"with {AUTO}: the images that it is chosen for")
+    p.add_argument("--budget", metavar="TIME", help=f"with {AUTO}: of training, 30min unless told")
 
     p = commands.add_parser(
         "bench", help="measure on this machine: masks, data, train, evaluate, ... (an unknown name lists them)"
@@ -779,13 +790,31 @@ def looking(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
 
 
-def chosen(args: argparse.Namespace) -> tuple[Any, bool]:
+def chosen(args: argparse.Namespace, processes: int = 1) -> tuple[Any, bool]:
     """The recipe that --recipe or --config names, or None; and whether its batch size is that of one process."""
     if args.recipe and args.config:
         raise UserError("give --recipe or --config, not both")
+    if args.recipe == AUTO and processes > 1:
+        raise UserError(
+            f"{AUTO} chooses alone: openjepa recipes {AUTO} --data SPEC > recipe.yaml, then --config recipe.yaml"
+        )
+    if args.recipe == AUTO and hasattr(args, "budget"):
+        return automatic(args.data, args.budget), False
     if args.recipe:
         return named(args.recipe), False
     return read(Path(args.config)) if args.config else (None, False)
+
+
+def automatic(data: str | None, budget: str | None) -> Any:
+    """A recipe for these images; says why."""
+    from openjepa.recipes.auto import choose
+
+    if not data:
+        raise UserError(f"{AUTO} chooses by the images: give --data SPEC: {SPEC}")
+    found = choose(data, budget or "30min")
+    for what, why in found.reasons:
+        print(f"# {what}: {why}", flush=True)
+    return found.recipe
 
 
 def named(name: str) -> Any:

@@ -32,6 +32,7 @@ from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, Ima
 from openjepa.evaluate.knn import knn_predict
 from openjepa.evaluate.linear import LinearConfig, Probe
 from openjepa.evaluate.subjects import Task, class_tasks
+from openjepa.recipes.budget import pace, seconds_of, stretched
 from openjepa.recipes.exchange import load
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.named import RECIPES
@@ -39,7 +40,6 @@ from openjepa.recipes.pretrain import pretrain, random_encoder
 from openjepa.recipes.recipe import Recipe, override
 
 LOOKS = "5"  # at each run, unless told
-PACE_STEPS = 40  # that show it, the first half to warm up
 LABELLED, TESTED = 10_000, 5_000  # most images that a look uses
 K = 20
 PROBE = LinearConfig(
@@ -70,14 +70,6 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
     if len(set(words)) < len(words) or not words:
         raise UserError("--methods: name each once")
     return found
-
-
-def seconds_of(budget: str) -> float:
-    """30min, 90s, 1.5h. Raises UserError."""
-    units = {"s": 1, "min": 60, "h": 3600}
-    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", budget)) or not float(match[1]):
-        raise UserError(f"--budget {budget}: give a time such as 90s, 30min or 2h")
-    return float(match[1]) * units[match[2]]
 
 
 class Jury:
@@ -183,10 +175,8 @@ def control(name: str, seed: int, scores: Mapping[str, float]) -> dict[str, obje
 def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float, jury: Jury, looks: int) -> Rows:
     """Train one contestant for its time, then look at what it was on the way."""
     per_epoch = steps_per_epoch(len(source), recipe.data.batch_size)
+    speed = pace(recipe, spec, per_epoch)
     with tempfile.TemporaryDirectory() as folder:
-        pace = stretched(recipe, PACE_STEPS, per_epoch, PACE_STEPS // 2)
-        pretrain(pace, spec, Path(folder) / "pace", Console(quiet=True))
-        speed = read_metrics(Path(folder) / "pace")[-1]["images_per_s"]
         steps = max(looks, round(limit * speed / recipe.data.batch_size))
         every = steps // looks
         print(f"{name}, seed {recipe.seed}: {speed:.0f} images/s, {every * looks} steps", file=sys.stderr)
@@ -203,22 +193,3 @@ def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float
             )  # fmt: skip
             print(f"  {seconds[found.step]:.0f} s: {scores}", file=sys.stderr)
         return rows
-
-
-def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
-    """A recipe for so many steps: what it does in epochs is done in the same share of the run; a checkpoint and a log line
-    every so many steps."""
-    epochs = steps / per_epoch
-    factor = epochs / recipe.schedule.epochs
-    ibot = replace(
-        recipe.ibot,
-        temperature_epochs=round(recipe.ibot.temperature_epochs * factor),
-        freeze_last_layer=recipe.ibot.freeze_last_layer * factor,
-    )
-    return replace(
-        recipe,
-        ibot=ibot,
-        schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=recipe.schedule.warmup_epochs * factor),
-        monitors=replace(recipe.monitors, log_every=every, knn_every=0),
-        machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=steps // every + 1),
-    )
