@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from openjepa import __version__
-from openjepa.errors import UserError, nearest
+from openjepa.engine import slurm
+from openjepa.errors import UserError, nearest, printable
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
 
 AUTO = "ijepa_auto"
-# What a full, broken or closed disk says, wherever it is said.
+# What a full, broken or closed disk says, wherever it is said, and one that lies behind a network.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+NETWORK = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+           errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)  # fmt: skip
 
 
 def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
@@ -154,20 +157,19 @@ def training(args: argparse.Namespace, values: dict[str, str], processes: int) -
 
 def submit(args: argparse.Namespace, rest: list[str]) -> None:
     """pretrain with --slurm options: the same command without them, as a job."""
-    from openjepa.data.stream import share
-    from openjepa.engine.slurm import SlurmConfig, submit
+    from openjepa.recipes.pretrain import check
     from openjepa.recipes.recipe import from_dict, nested
 
     values = pairs(rest)
     asked = {name: values.pop(name) for name in list(values) if name.startswith("slurm.")}
-    config = from_dict(SlurmConfig, nested(asked)["slurm"], "slurm")
+    config = from_dict(slurm.SlurmConfig, nested(asked)["slurm"], "slurm")
     recipe, data, out = training(args, values, config.processes)
-    share(recipe.data.batch_size, recipe.optim.accumulate, 0, config.processes)  # refused here, not in the queue
+    check(recipe, data, out, config.processes)  # refused here, not after hours in the queue
     how = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
     words = ["pretrain", *how, "--data", data, "--out", args.out]
     words += [word for name, value in values.items() for word in (f"--{name}", value)]
     logs = out / "slurm"
-    job = submit(words, config, logs)
+    job = slurm.submit(words, config, logs)
     nodes = f"{config.nodes} nodes" if config.nodes > 1 else "1 node"
     print(f"job {job} submitted: {nodes}, {config.processes} processes; its log: {logs / job}_0_log.out")
     print(f"next: openjepa report {out}")
@@ -178,7 +180,7 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     from openjepa.recipes.evaluation import Question, evaluate
 
-    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh")
+    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh", "workers")
     question = Question(
         **{name: getattr(args, name) for name in names},
         image_size=height_and_width(args.image_size),
@@ -199,7 +201,7 @@ def finetune(args: argparse.Namespace, rest: list[str]) -> None:
 
     from openjepa.recipes.finetuning import Finetuning, finetune
 
-    names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed")
+    names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed", "workers")
     asked = Finetuning(**{name: getattr(args, name) for name in names}, share=args.crop, out=Path(args.out))
     finetune(asked, pairs(rest), Console())
 
@@ -496,9 +498,10 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "pretrain",
         help="pretrain an encoder on a pile of images; the same RUN goes on",
-        epilog="Any value of the recipe: --optim.lr 5e-4, --masking.targets 6 (openjepa recipes NAME prints them all). "
-        "On several GPUs: torchrun --nproc-per-node 8 -m openjepa pretrain …; as a job of Slurm's: --slurm.nodes 4 "
-        "--slurm.partition NAME (docs/reliability.md)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any value of the recipe: --optim.lr 5e-4, --masking.targets 6 (openjepa recipes NAME prints them all).\n"
+        "On several GPUs: torchrun --nproc-per-node 8 -m openjepa pretrain …\n\n"
+        f"as a job of Slurm's, with any of (docs/reliability.md):\n{slurm.described()}",
     )
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
@@ -588,7 +591,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--half", action="store_true", help="float16 instead of float32")
     looking(p)
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
-    p.add_argument("--workers", type=int, metavar="N", help="processes that read images; chosen unless told")
 
     p = commands.add_parser(
         "search", help="neighbours of an image or a part of one, duplicates and outliers, by features"
@@ -788,6 +790,9 @@ def looking(p: argparse.ArgumentParser) -> None:
     p.add_argument("--squash", action="store_true", help="the whole image without keeping its aspect, as for CLEVR")
     p.add_argument("--precision", choices=("auto", "bf16", "fp32"), help="of encoder and probes: the run's unless told")
     p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="processes that load images: beside a GPU up to 8 unless told"
+    )
 
 
 def chosen(args: argparse.Namespace, processes: int = 1) -> tuple[Any, bool]:
@@ -900,10 +905,11 @@ def main() -> None:
         print(f"openjepa: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK + NETWORK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"openjepa: {where}{error.strerror}: see to the disk, and run the same command", file=sys.stderr)
+        what = "the network, or the disk behind it" if error.errno in NETWORK else "the disk"
+        print(printable(f"openjepa: {where}{error.strerror}: see to {what}, and run the same command"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("openjepa: interrupted", file=sys.stderr)

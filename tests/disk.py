@@ -10,6 +10,7 @@ import builtins
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Disk:
     def __init__(self, root: Path, fail_at: int | None = None, error: int = 0) -> None:
         self.root, self.fail_at, self.error = root, fail_at, error
         self.journal: list[tuple[str, str, Any]] = []
+        self.times: list[int] = []  # nanoseconds at which each had gone well, of a clock that all processes share
         self.calls = 0
         self.failed: str | None = None  # the call that did
         self._own = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "mkdir", "rmdir")}
@@ -53,6 +55,10 @@ class Disk:
         path = Path(os.path.normpath(where / os.fsdecode(path)))
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else None
 
+    def note(self, *call: Any) -> None:
+        self.journal.append(call)  # type: ignore[arg-type]
+        self.times.append(time.monotonic_ns())
+
     def call(self, name: str, path: str) -> None:
         self.calls += 1
         if self.calls - 1 == self.fail_at:
@@ -67,7 +73,7 @@ class Disk:
         new = not Path(file).exists()
         stream = OWN_OPEN(file, mode, *args, **more)
         if new or "w" in mode:
-            self.journal.append(("create" if new else "truncate", path, None))
+            self.note("create" if new else "truncate", path, None)
         return Stream(self, stream, path)
 
     def fsync(self, descriptor: int) -> None:
@@ -76,7 +82,7 @@ class Disk:
             self.call("fsync", path)
         OWN_FSYNC(descriptor)
         if path is not None:
-            self.journal.append(("fsync", path, None))
+            self.note("fsync", path, None)
 
     def rename(self, old: Any, new: Any, **more: Any) -> None:
         path = self.inside(old)
@@ -84,7 +90,7 @@ class Disk:
             self.call("rename", path)
         self._own["rename"](old, new, **more)
         if path is not None:
-            self.journal.append(("rename", path, self.inside(new)))
+            self.note("rename", path, self.inside(new))
 
     def change(self, name: str, path: Any, *args: Any, dir_fd: int | None = None, **more: Any) -> None:
         below = self.inside(path, dir_fd)
@@ -92,7 +98,7 @@ class Disk:
             self.call(name, below)
         self._own[name](path, *args, dir_fd=dir_fd, **more)
         if below is not None:
-            self.journal.append((name, below, None))
+            self.note(name, below, None)
 
 
 class Stream:
@@ -104,7 +110,7 @@ class Stream:
     def write(self, data: Any) -> int:
         self._disk.call("write", self._path)
         written = self._stream.write(data)
-        self._disk.journal.append(("write", self._path, data.encode() if isinstance(data, str) else bytes(data)))
+        self._disk.note("write", self._path, data.encode() if isinstance(data, str) else bytes(data))
         return written
 
     def __enter__(self) -> Stream:

@@ -75,7 +75,7 @@ def refused(monkeypatch, capsys, *words: str) -> str:
     """The one line that a command refuses a mistake with."""
     status, _, error = command(monkeypatch, capsys, *words)
     assert status == 2
-    assert len(error.splitlines()) == 1
+    assert len(error.splitlines()) == 1, error
     return error
 
 

@@ -88,6 +88,11 @@ def test_peers_take_their_turn_on_the_same_masks(monkeypatch):
     assert (ours["over_lightly"], theirs["over_lightly"]) == (2.0, 1.0)
 
 
+def test_a_checksum_is_timed_of_so_many_bytes():
+    (row,) = parts.checksum(megabytes=2)
+    assert row["gb_per_s"] == pytest.approx(0.002 / row["median_s"])
+
+
 def test_a_profile_shares_out_the_time(monkeypatch):
     monkeypatch.setattr(bench, "CPU", (CASE,))
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))

@@ -1,11 +1,13 @@
 """Claims about the command line: quick, one line for each mistake, and it says what comes next."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from openjepa import cli
 from openjepa.recipes.recipe import to_yaml
 from tests.helpers import command, make_parquet, make_shards, refused
 
@@ -74,6 +76,23 @@ def test_mistakes_get_one_line_and_status_two(monkeypatch, capsys, tmp_path, wor
     (tmp_path / "file").write_text("hello")
     assert says.format(tmp=tmp_path) in refused(monkeypatch, capsys, *words.format(tmp=tmp_path).split())
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("number", [*cli.DISK, *cli.NETWORK])
+def test_a_disk_or_a_network_that_fails_gets_one_line_wherever_it_does(monkeypatch, capsys, tmp_path, number):
+    def failing(args, rest):
+        raise OSError(number, os.strerror(number), str(tmp_path / "a\nb"))
+
+    monkeypatch.setitem(cli.COMMANDS, "report", failing)
+    told = refused(monkeypatch, capsys, "report", "x")
+    assert told.startswith(f"openjepa: {tmp_path}/a\\nb: {os.strerror(number)}: see to the ")
+    assert ("see to the network" in told) == (number in cli.NETWORK)
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "report", lambda args, rest: os.stat("/no/such/file"))
+    with pytest.raises(FileNotFoundError):
+        command(monkeypatch, capsys, "report", "x")
 
 
 def test_recipes_are_listed_and_printed(monkeypatch, capsys):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.run import alone
 from openjepa.errors import UserError
+from openjepa.methods.ijepa import IJEPA
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override, to_yaml
@@ -214,7 +215,7 @@ def test_a_worker_that_dies_is_named_with_its_cause_and_the_same_command_goes_on
         assert line.startswith(
             f"openjepa: a process that makes batches was killed by signal {int(number)} ({number.name}): {why}"
         )
-        assert line.endswith("the same command goes on")
+        assert line.endswith("run the same command again")
         assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     done = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert "going on from step" in done.stdout
@@ -334,6 +335,32 @@ def test_no_checkpoint_is_written_while_steps_are_not_finite(tiny, folder, tmp_p
     assert lines[0].startswith(f"step {bad[-1]}, 1 part")
     assert lines[-1] == "8 images have a loss that is not finite"
     assert "first not finite after " in lines[1]
+    *_, names = (tmp_path / "run" / "bad_steps.txt").read_text().splitlines()[-1].split("\t")
+    assert [line.removeprefix("image ").partition(":")[0] for line in lines[1:9]] == names.split(", ")
+    assert all((folder / name).exists() for name in names.split(", "))
+
+
+def test_a_bad_step_is_named_once_however_often_the_run_goes_on(tiny, folder, tmp_path, monkeypatch):
+    """Killed after bad steps that its newest checkpoint does not know of, it meets them again."""
+    run, seen = tmp_path / "run", []
+    plain = IJEPA.forward
+
+    def odd(self, images, masks, small=None):
+        step = len(seen) + 1
+        seen.append(step)
+        return plain(self, images * float("nan") if step in (2, 4, 7) else images, masks)
+
+    monkeypatch.setattr(IJEPA, "forward", odd)
+    recipe = override(tiny, {"machine.checkpoint_every": "0.6", "machine.keep": "9"})
+    pretrain(recipe, str(folder), run, QUIET)
+    told = (run / "bad_steps.txt").read_text()
+    assert [line.split("\t")[0] for line in told.splitlines()] == ["2", "4", "7"]
+    for newer in [found for found in checkpoints(run) if found.step > 3]:
+        shutil.rmtree(newer.path)
+    seen[:] = [1, 2, 3]
+    pretrain(recipe, str(folder), run, QUIET)
+    assert (run / "bad_steps.txt").read_text() == told
+    assert checkpoints(run)[-1].state()["skipped_steps"] == 3
 
 
 def test_bad_images_are_noted_with_every_checkpoint(tiny, folder, tmp_path):

@@ -104,7 +104,7 @@ def test_a_kept_step_is_computed_once_more(name, folder, tmp_path):
     batch = Steps(open_source(str(folder)), recipe.data, METHODS[name].views(recipe), 0).batch(0)
     batch.images[3] = 0
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad])
-    kept = dump(tmp_path, recipe, 0, 0.0, batch, method, optimizer)
+    kept = dump(tmp_path, recipe, 0, 0.0, batch, "image {}".format, method, optimizer)
     lines = list(replay(kept))
     assert lines[-1] == "all losses are finite here"
     assert "gradient norm" in lines[1]

@@ -3,8 +3,10 @@
 import errno
 import itertools
 import os
+import pickle
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import torch
 from torch import nn
 
 from openjepa.data.sources import open_source
+from openjepa.engine import parallel
 from openjepa.engine.checkpoint import Saver, checkpoints, restore
+from openjepa.engine.launch import joined
 from openjepa.engine.whole import new_folder, write_whole
 from openjepa.errors import UserError
 from openjepa.recipes.pretrain import prepare, saved_data, saved_recipe
 from tests.disk import Disk, after_power_failure, lay_out
+from tests.test_parallel import launch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors are followed through /proc")
 
@@ -25,8 +30,10 @@ STEPS = (10, 20, 30)
 
 
 def trained(step: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A network and its optimiser after some steps, all of whose numbers say how many."""
+    """A network and its optimiser after some steps, all of whose numbers say how many. Of several ranks each holds a share."""
     method = nn.Linear(3, 2)
+    if parallel.world_size() > 1:
+        parallel.spread(method, "fsdp", torch.device("cpu"), half=False)
     optimizer = torch.optim.AdamW(method.parameters())
     for parameter in method.parameters():
         nn.init.constant_(parameter, step)
@@ -55,7 +62,7 @@ def newest(run: Path) -> int:
         method, optimizer = trained(0)
         restore(found, method, optimizer)
         held = [*method.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-        assert all((tensor == found.step).all() for tensor in held)
+        assert all((parallel.whole(tensor) == found.step).all() for tensor in held)
         assert found.state()["step"] == found.step
     return max((found.step for found in checkpoints(run)), default=0)
 
@@ -124,6 +131,94 @@ def test_any_call_of_a_save_may_fail(tmp_path, error):
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000040"], disk.failed
         shutil.rmtree(run)
     assert fail_at > 50
+
+
+# ---------------------------------------------------------------- by two ranks
+
+
+def together(function: str, tmp_path: Path, *words: object) -> None:
+    """Call a function of this file on two ranks, with these words."""
+    root = Path(__file__).parents[1]
+    code = f"import sys\nsys.path.insert(0, {str(root)!r})\nfrom tests import test_power\ntest_power.{function}(*sys.argv[1:])"
+    done = launch(2, code, tmp_path, *words)
+    assert done.returncode == 0, done.err[-3000:]
+
+
+def journals(run: str, out: str) -> None:
+    """On every rank: what it does to the disk, and when each checkpoint was whole."""
+    with joined(), Disk(Path(run)) as disk:
+        whole = {time.monotonic_ns(): step for step in save_all(Path(run), 1, STEPS[:2])}
+        Path(out, f"{parallel.rank()}.pickle").write_bytes(pickle.dumps((disk.journal, disk.times, whole)))
+
+
+def test_power_may_fail_at_any_call_of_a_save_by_two_ranks(tmp_path):
+    """Of which both write to one disk."""
+    run = tmp_path / "run"
+    run.mkdir()
+    together("journals", tmp_path, run, tmp_path)
+    kept = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+    for journal, *_ in kept:
+        assert {call for call, *_ in journal} >= {"create", "write", "fsync"}
+    calls = sorted(((at, call) for journal, times, _ in kept for at, call in zip(times, journal, strict=True)),
+                   key=lambda pair: pair[0])  # fmt: skip
+    journal, whole = [call for _, call in calls], kept[0][2]
+    found = set()
+    for count, words, state in every_loss(journal, tmp_path):
+        lost_at = calls[count][0] if count < len(calls) else calls[-1][0] + 1
+        done = max((step for at, step in whole.items() if at < lost_at), default=0)
+        found.add(newest(state))
+        assert newest(state) >= done, words
+    assert found == {0, *STEPS[:2]}
+
+
+def failing(run: str, faulty: str, every: str) -> None:
+    """On every rank: one of them has one call after the other fail; what was whole stays whole, and both are told the same."""
+    folder = Path(run)
+    with joined():
+        group = parallel.side_group()
+        parallel.side_group = lambda: group
+        mine = parallel.rank() == int(faulty)
+        for fail_at in itertools.count(0, int(every)):
+            parallel.barrier()  # both have looked
+            if parallel.rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            parallel.barrier()
+            done = list(save_all(folder, 1, STEPS[:1]))[-1]
+            told = None
+            with Disk(folder, fail_at if mine else None, errno.EIO) as disk:
+                try:
+                    for step in save_all(folder, 1, STEPS[1:]):
+                        done = step
+                except UserError as refusal:
+                    told = str(refusal)
+            failed = parallel.gather(disk.failed)[int(faulty)]
+            if failed is None:
+                break
+            assert len({(done, told) for done, told in parallel.gather((done, told))}) == 1, failed
+            if told is None:  # a folder made once more, which was there
+                assert failed.startswith("mkdir")
+                assert newest(folder) == STEPS[-1]
+                continue
+            failing = STEPS[STEPS.index(done) + 1]
+            assert told.startswith((f"cannot write the checkpoint of step {failing} to ",
+                                    f"the checkpoint of step {failing} is written, and an older one cannot")), failed  # fmt: skip
+            assert newest(folder) >= done, failed
+            left = tuple(step for step in (*STEPS, 40) if step > newest(folder))
+            parallel.barrier()
+            list(save_all(folder, 1, left))  # the same command goes on
+            assert newest(folder) == 40, failed
+            assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000040"], failed
+        assert fail_at > 8  # the second rank only writes its share
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_any_call_of_one_of_two_ranks_may_fail(tmp_path, faulty, every):
+    together("failing", tmp_path, tmp_path / "run", faulty, every)
+
+
+# ---------------------------------------------------------------- other files and folders
 
 
 @pytest.mark.parametrize("before", [None, "old"])

@@ -14,6 +14,7 @@ import tracemalloc
 import fsspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from openjepa.data import index as index_module
 from openjepa.data import shards as shards_module
@@ -265,7 +266,7 @@ def test_reading_is_tried_again_with_doubling_waits(monkeypatch):
     assert patiently("x", read) == "at last"
     assert waits == [1, 2, 4]
     answers[:] = [OSError(5, "Input/output error")] * 9
-    with pytest.raises(UserError, match=r"cannot read x: Input/output error \(4 tries in 7 s\)"):
+    with pytest.raises(UserError, match=r"cannot read x: Input/output error \(4 tries, 7 s of waiting between them\)"):
         patiently("x", read)
 
 
@@ -379,6 +380,123 @@ def test_a_store_that_fails_for_a_while_is_read_on_and_then_refused(two_shards, 
         steps_of(remote, data=DataConfig(batch_size=4)).batch(0)
 
 
+def test_a_store_that_never_answers_is_asked_again_and_then_refused(two_shards, server, monkeypatch):
+    remote = open_source(server + "/s-{00..01}.tar")
+    monkeypatch.setattr(store, "STALL_S", 0.05)
+    answering = threading.Event()
+    monkeypatch.setattr(Ranges, "answer", lambda self: answering.wait(60) and self.send_error(503))
+    with pytest.raises(UserError, match=r"s-00.tar: no answer in 0.05\d+ s \(3 tries"):
+        remote.read(3)
+    with pytest.raises(UserError, match=r"s-00.tar: no answer in 0.05 s \(3 tries"):
+        remote.stamps()
+    answering.set()
+
+
+def test_a_read_that_is_slow_is_waited_for_by_its_size(monkeypatch):
+    monkeypatch.setattr(store, "STALL_S", 0.0)
+    slow = threading.Event()
+    threading.Timer(0.2, slow.set).start()
+    assert store.in_time(lambda: slow.wait(60), size=60_000_000)
+    with pytest.raises(TimeoutError, match="no answer in 0 s"):
+        store.in_time(lambda: time.sleep(0.5))
+    with pytest.raises(TimeoutError, match="of the store itself"):
+        store.in_time(lambda: (_ for _ in ()).throw(TimeoutError("of the store itself")), size=60_000_000)
+
+
+class Clock:
+    """Time that passes where somebody sleeps, and nowhere else."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize("sizes", [[10_000] * 50, [3_000_000, 1, 1], [1] * 9 + [500_000] * 4])
+def test_no_more_than_so_many_bytes_a_second_are_read(sizes):
+    clock = Clock()
+    pace, reads = store.Pace(0.5, lambda: clock.now, clock.sleep), []
+    for size in sizes:
+        pace.take(size)
+        reads.append((clock.now, size))
+    for first in range(len(reads)):
+        for last in range(first, len(reads)):  # the last of any stretch goes through, and is waited off after it
+            read = sum(size for _, size in reads[first:last])
+            assert read <= 500_000 * (reads[last][0] - reads[first][0]) + 1e-3
+    assert clock.now - 100 == pytest.approx(sum(sizes[:-1]) / 500_000)  # and no fewer
+
+
+def test_an_idle_reader_saves_nothing_up():
+    clock = Clock()
+    pace = store.Pace(1.0, lambda: clock.now, clock.sleep)
+    pace.take(2_000_000)
+    clock.now += 60
+    begun = clock.now
+    pace.take(1_000_000)
+    assert clock.now == begun
+    pace.take(1)
+    assert clock.now == begun + 1
+
+
+def test_threads_share_a_pace_and_none_waits_where_there_is_no_limit():
+    begins, clock = [], Clock()
+    pace = store.Pace(1.0, lambda: 0.0, begins.append)
+    threads = [threading.Thread(target=pace.take, args=(1_000_000,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(begins) == [1, 2, 3, 4, 5, 6, 7]  # seconds; the first begins at once
+    store.Pace(None, lambda: 0.0, clock.sleep).take(10**12)
+    assert clock.now == 100
+
+
+def test_every_byte_of_a_store_is_counted(two_shards, server, folder, tmp_path, monkeypatch):
+    """Of the index of a packed set, of headers that are indexed, and of images."""
+    from openjepa.recipes.packing import pack
+
+    pack(str(folder), tmp_path / "set", 500_000, Console(quiet=True))
+    taken, sent = [], []
+    monkeypatch.setattr(store._pace, "take", taken.append)
+    send = http.server.SimpleHTTPRequestHandler.send_header
+
+    def counting(self, name, value):
+        if name == "Content-Length" and self.command == "GET" and os.path.exists(self.translate_path(self.path)):
+            sent.append(int(value))
+        send(self, name, value)
+
+    monkeypatch.setattr(Ranges, "send_header", counting)
+    open_source(f"{server}/s-{{00..01}}.tar").read(3)
+    assert sum(taken) == sum(sent) > 10_000
+    open_source(f"{server}/set/shard-{{000000..000000}}.tar").read(3)
+    assert sum(taken) == sum(sent)
+
+
+@pytest.mark.parametrize(("workers", "share"), [(0, 6.0), (2, 2.0)])
+def test_the_processes_of_a_rank_share_its_megabytes(two_shards, tiny, tmp_path, monkeypatch, workers, share):
+    """Where every worker reads, and the process that trains, which measures on images too."""
+    from openjepa.recipes.pretrain import pretrain
+    from openjepa.recipes.recipe import override
+
+    read = Shards.read
+
+    def reading(self, index):
+        (tmp_path / f"{os.getpid()}-{store._pace.mb_s}").touch()
+        return read(self, index)
+
+    monkeypatch.setattr(Shards, "read", reading)
+    values = {"machine.read_mb_s": "6", "machine.workers": str(workers)}
+    pretrain(override(tiny, values), two_shards, tmp_path / "run", Console(quiet=True))
+    seen = {(int(pid), rate) for pid, rate in (path.name.split("-") for path in tmp_path.glob("*-*.*[0-9]"))}
+    assert {rate for pid, rate in seen if pid != os.getpid()} == ({str(share)} if workers else set())
+    assert {rate for pid, rate in seen if pid == os.getpid()} == {
+        "6.0",
+        str(share),
+    }  # before the workers are there: all
+    assert store._pace.mb_s is None
+
+
 def test_a_server_without_ranges_is_refused(two_shards, server):
     remote = open_source(server + "/s-{00..01}.tar")
     Ranges.ranges = False
@@ -402,8 +520,6 @@ def test_far_images_are_fetched_beside_each_other(two_shards, server, monkeypatc
 
 
 def test_the_index_of_a_packed_set_far_away_is_fetched_instead_of_scanning(folder, tmp_path, server):
-    from rich.console import Console
-
     from openjepa.recipes.packing import pack
 
     pack(str(folder), tmp_path / "set", 50_000, Console(quiet=True))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +139,44 @@ def test_mistakes_are_told_before_anything_is_queued(slurm, tiny, folder, tmp_pa
     assert "slurm.nodes" in refused(monkeypatch, capsys, *words, "--slurm.nodes", "0")
     assert "not divisible by 24 processes" in refused(monkeypatch, capsys, *words, "--slurm.nodes", "3")
     assert "optim.lrr" in refused(monkeypatch, capsys, *words, "--slurm.nodes", "1", "--optim.lrr", "1")
+    other = ["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--slurm.gpus_per_node", "1", "--data"]
+    run, thesis = str(tmp_path / "run"), tmp_path / "thesis"
+    assert "no such file or folder" in refused(monkeypatch, capsys, *other, str(tmp_path / "none"), "--out", run)
+    assert "larger than the data set of 5" in refused(monkeypatch, capsys, *other, "scenes:5", "--out", run)
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("years of work")
+    assert "is not a run" in refused(monkeypatch, capsys, *other, str(folder), "--out", str(thesis))
+    assert not (tmp_path / "run").exists()
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: big' >&2; exit 1")
     told = refused(monkeypatch, capsys, *words, "--slurm.nodes", "1", "--slurm.partition", "big")
     assert "Slurm does not take the job: sbatch: error: invalid partition specified: big" in told
     monkeypatch.setenv("PATH", "/nowhere")
     assert "run it where jobs are submitted from" in refused(monkeypatch, capsys, *words, "--slurm.nodes", "1")
     assert not list(slurm.glob("41*"))
+
+
+def test_a_run_that_was_begun_otherwise_is_refused_before_anything_is_queued(
+    slurm, tiny, folder, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    pretrain(tiny, str(folder), run, Console(quiet=True))
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    words = ["pretrain", "--out", str(run), "--slurm.gpus_per_node", "1"]
+    assert "optim.lr: 0.001 -> 0.002" in refused(monkeypatch, capsys, *words, "--optim.lr", "2e-3")
+    assert "was made from other images" in refused(monkeypatch, capsys, *words, "--data", "scenes:40")
+    assert "raise schedule.epochs" in refused(monkeypatch, capsys, *words, "--schedule.epochs", "1")
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+    assert not list(slurm.glob("41*"))
+
+
+def test_help_says_what_every_option_means(monkeypatch, capsys):
+    status, said, _ = command(monkeypatch, capsys, "pretrain", "--help")
+    assert status == 0
+    for option in fields(SlurmConfig):
+        (line,) = (line for line in said.splitlines() if line.split()[:1] == [f"--slurm.{option.name}"])
+        assert len(line.split()) > 1
+        if isinstance(option.default, int | float):
+            assert line.endswith(f"({option.default:g})")
 
 
 def test_on_the_cpu_there_is_one_process_a_node():

@@ -1,10 +1,7 @@
-"""Claims about images that are lost on the way: each is replaced, named once, and changes nothing else; nor does a worker's end."""
+"""Claims about images that are lost on the way: each is replaced, named once, and changes nothing else."""
 
 import io
-import multiprocessing
 import os
-import signal
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,11 +11,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from openjepa.data import stream
 from openjepa.data.order import epoch_order
 from openjepa.data.sources import open_source
 from openjepa.data.stream import DataConfig, Steps, batches
-from openjepa.errors import UserError
 from openjepa.recipes import pretrain as pretrain_module
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, override
@@ -166,44 +161,3 @@ def test_odd_images_are_good(tmp_path, kind):
     (batch,) = batches(steps_of(open_source(str(tmp_path)), data=DataConfig(batch_size=1)), 0, 1, 0, pin=False)
     assert not batch.bad
     assert batch.images.float().std() > 20  # a picture, not a plane
-
-
-@pytest.mark.parametrize("status", [0, 7])
-def test_a_worker_that_ends_itself_is_named_with_its_status(folder, monkeypatch, status):
-    monkeypatch.setattr(stream, "LOOK_S", 0.5)
-    steps = steps_of(open_source(str(folder)))
-    monkeypatch.setattr(steps, "batch", lambda step: os._exit(status))
-    with pytest.raises(UserError, match=f"a process that makes batches ended with status {status}: .* goes on"):
-        next(batches(steps, 0, 5, 2, pin=False))
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "x")]
-)
-def test_a_worker_that_dies_as_it_hands_a_batch_over_is_named(error):
-    """What then comes is an error of the socket between the two, before the system knows the worker to be dead."""
-    worker = multiprocessing.get_context("fork").Process(
-        target=lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGKILL))
-    )
-    worker.start()
-
-    def broken():
-        raise error
-        yield
-
-    with pytest.raises(UserError, match=r"was killed by signal 9 \(SIGKILL\).*goes on"):
-        stream.next_of(broken(), [worker])
-    with pytest.raises(type(error)):  # without a death it is what it is
-        stream.next_of(broken(), [])
-
-
-def test_a_worker_that_hangs_is_waited_for_and_then_refused(folder, monkeypatch):
-    monkeypatch.setattr(stream, "LOOK_S", 0.25)
-    monkeypatch.setattr(stream, "STUCK_S", 1)
-    steps = steps_of(open_source(str(folder)))
-    make = steps.batch
-    monkeypatch.setattr(steps, "batch", lambda step: time.sleep(600) if step == 2 else make(step))
-    made = batches(steps, 0, 5, 1, pin=False)
-    assert len([next(made), next(made)]) == 2
-    with pytest.raises(UserError, match="no batch in 1 s: reading hangs"):
-        next(made)

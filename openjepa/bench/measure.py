@@ -36,6 +36,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "profile": profile,
     "data": data,
     "masks": parts.masks,
+    "checksum": parts.checksum,
     "evaluate": evaluate,
     "probe": parts.probe,
     "scaling": scaling,

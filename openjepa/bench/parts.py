@@ -1,11 +1,13 @@
-"""`openjepa bench masks`, `scenes`, `attention`, `context`, `ragged`, `probe`: parts of the system, one by one."""
+"""`openjepa bench masks`, `checksum`, `scenes`, `attention`, `context`, `ragged`, `probe`: parts of the system, one by one."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 
 from openjepa.bench.clock import Rows, in_turn, rate, timed
 from openjepa.data.scenes import Job, render_range
+from openjepa.engine.checkpoint import sha256
 from openjepa.engine.device import pick_autocast, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.evaluate.features import Features
@@ -34,6 +37,15 @@ def masks() -> Rows:
         times = timed(partial(sample, config, (14, 14), 0, 0, np.arange(256)), 5)
         rows.append({"masks": " ".join(settings.values()) or "multiblock even", **rate("images", 256, times)})
     return rows
+
+
+def checksum(megabytes: int = 256) -> Rows:
+    """SHA-256 of a file, as of every file of a checkpoint, on one core."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(np.random.default_rng(0).bytes(megabytes * 10**6))
+        file.flush()
+        times = timed(partial(sha256, Path(file.name)), 7)
+    return [{"megabytes": megabytes, "gb_per_s": megabytes / 1000 / times["median_s"], **times}]
 
 
 def scenes() -> Rows:

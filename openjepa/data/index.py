@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from openjepa.data.sources import EXTENSIONS, cache_folder
-from openjepa.data.store import about, ahead, is_remote, locate, patiently, read_small
+from openjepa.data.store import AT_ONCE, about, ahead, copy, is_remote, patiently, read_range, read_small
 from openjepa.data.tar import Damaged, Read, members
 from openjepa.errors import UserError, first_line, printable
 
@@ -36,7 +36,6 @@ INDEX_NAME, ABOUT_NAME = "openjepa.index", "openjepa.json"  # beside the shards
 MOST_CLASSES = 2**20  # a larger number is an identity and no class
 LARGEST_LABEL = 2**20  # bytes of a .cls or .json
 LARGEST_ABOUT = 2**26  # bytes
-READ_AT_ONCE = 2**22  # bytes, of a remote shard that is indexed
 UNLABELLED = -1
 
 
@@ -158,21 +157,8 @@ def younger(file: str, than: list[str]) -> bool:
 
 def fetched(url: str, part: Path, expected: list[list[Any]], tasks: list[str]) -> bool:
     """Copy a remote index of these very shards; False where there is none."""
-    fs, path = locate(url)
-    most = (
-        aligned(sum(size for _, size in expected)) + LARGEST_ABOUT
-    )  # a sample takes more of its shard than of the index
-
-    def copy() -> bool:
-        try:
-            if (fs.info(path)["size"] or 0) > most:
-                return False
-            fs.get_file(path, str(part))
-        except (FileNotFoundError, PermissionError):
-            return False
-        return True
-
-    if not patiently(url, copy):
+    shards = sum(size for _, size in expected)  # of which a sample takes more than of the index
+    if not copy(url, part, aligned(shards) + LARGEST_ABOUT):
         return False
     index = Index(part)
     return index.shards == expected and index.tasks == tasks
@@ -222,7 +208,7 @@ def scan(number: int, url: str, size: int, tasks: list[str]) -> tuple[np.ndarray
     """One shard's SAMPLE rows, labels [rows, tasks] and lines of names. Raises UserError."""
 
     def ask() -> tuple[np.ndarray, np.ndarray, bytes]:
-        with opened(url) as read:
+        with opened(url, size) as read:
             try:
                 return samples_of(number, read, size, tasks)
             except Damaged as error:
@@ -232,20 +218,22 @@ def scan(number: int, url: str, size: int, tasks: list[str]) -> tuple[np.ndarray
 
 
 @contextmanager
-def opened(url: str) -> Iterator[Read]:
-    """A file that is read from its beginning to its end, in part."""
+def opened(url: str, total: int) -> Iterator[Read]:
+    """A file of so many bytes that is read from its beginning to its end, in part."""
     if not is_remote(url):
         with open(url, "rb", buffering=0) as local:
             yield lambda offset, size: os.pread(local.fileno(), size, offset)
         return
-    fs, path = locate(url)
-    with fs.open(path, "rb", block_size=READ_AT_ONCE, cache_type="readahead") as remote:
+    begin, held = 0, b""
 
-        def read(offset: int, size: int) -> bytes:
-            remote.seek(offset)
-            return bytes(remote.read(size))
+    def read(offset: int, size: int) -> bytes:
+        nonlocal begin, held
+        if offset < begin or offset + size > begin + len(held):
+            begin, end = offset, min(offset + max(size, AT_ONCE), total)
+            held = read_range(url, begin, end) if begin < end else b""
+        return held[offset - begin : offset - begin + size]
 
-        yield read
+    yield read
 
 
 def samples_of(shard: int, read: Read, total: int, tasks: list[str]) -> tuple[np.ndarray, np.ndarray, bytes]:

@@ -19,12 +19,15 @@ from multiprocessing import current_process
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from openjepa.data import clevr
 from openjepa.data.clevr import COUNTS, count_and_distance
 from openjepa.data.raycast import COLORS, MATERIALS, SHAPES, Object, Scene, annotate, cast, render
 from openjepa.data.sources import Source, cache_folder
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.rng import Draws
 
@@ -187,11 +190,11 @@ class Scenes(Source):
         jobs = [Job(self.seed, a, b, self.size, self.odd) for a, b in pairwise(edges)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         alone = len(jobs) < 4 or cores < 2 or current_process().daemon  # a loader's worker has no workers of its own
-        blocks = DataLoader(Blocks(jobs), batch_size=None, num_workers=0 if alone else cores, collate_fn=np.asarray)
-        yield from ((job.first - self.first, images) for job, images in zip(jobs, blocks, strict=True))
+        blocks = loaded(Blocks(jobs), 0 if alone else cores, batch_size=None)
+        yield from ((job.first - self.first, images.numpy()) for job, images in zip(jobs, blocks, strict=True))
 
 
-class Blocks(Dataset[np.ndarray]):
+class Blocks(Dataset[Tensor]):
     """Ranges of scenes to render, for the workers of a loader."""
 
     def __init__(self, jobs: list[Job]) -> None:
@@ -200,8 +203,8 @@ class Blocks(Dataset[np.ndarray]):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return render_range(self.jobs[index])
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(render_range(self.jobs[index]))
 
 
 def render_range(job: Job) -> np.ndarray:

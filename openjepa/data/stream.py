@@ -7,41 +7,25 @@ the same. Slot g of the run is the g-th image it trains on; its crop and masks d
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.connection
-import signal
-import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
 from openjepa.data.decode import BadImage, Raw
 from openjepa.data.order import Feistel, epoch_order
 from openjepa.data.sources import Source
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError, first_line
 from openjepa.masking import Masks, TokenMasks
 from openjepa.rng import Draws
 
-T = TypeVar("T")
-
 BAD_IN_A_ROW = 100
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
-STUCK_S = 1800  # seconds without a batch
-LOOK_S = 5  # between looks at whether the workers live
-CAUSES = {
-    "SIGKILL": "memory ran out, most likely: lower machine.workers",
-    "SIGBUS": "shared memory (/dev/shm) is full, or a file that is mapped into memory was cut short: lower machine.workers, "
-    "or give a container more (--shm-size)",
-    "SIGSEGV": "a decoder crashed, on a damaged image most likely: machine.workers 0 shows where",
-    "SIGTERM": "somebody ended it",
-}  # of a worker's death, by signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +99,10 @@ class Batch:
     bad: list[Bad] = field(default_factory=list)
     small: Tensor | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a worker all goes through shared memory: a message of few bytes is written whole or not at all."""
+        return unpacked, (self.images, self.masks, torch.from_numpy(self.indices), self.bad, self.small)
+
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda t: t.to(device, non_blocking=True), self.masks.to(device, True))
 
@@ -135,14 +123,12 @@ class Batch:
         return replace(self, images=change(self.images), small=small, masks=masks)
 
 
-class Made(Dataset[T | UserError]):
-    """Items made of a source's images, each what it is or the UserError that making it met."""
-
-    source: Source
+def unpacked(images: Tensor, masks: Masks | TokenMasks, indices: Tensor, bad: list[Bad], small: Tensor | None) -> Batch:
+    return Batch(images, masks, indices.numpy(), bad, small)
 
 
-class Steps(Made[Batch]):
-    """Item s is the batch of step s (this rank's share), or the UserError that making it met."""
+class Steps(Dataset[Batch]):
+    """Item s is the batch of step s (this rank's share)."""
 
     def __init__(
         self,
@@ -164,11 +150,8 @@ class Steps(Made[Batch]):
             self._epoch, self._order = epoch, epoch_order(self.seed, "order", epoch, len(self.source))
         return self._order
 
-    def __getitem__(self, step: int) -> Batch | UserError:
-        try:
-            return self.batch(step)
-        except UserError as error:  # a worker would wrap it in its traceback
-            return error
+    def __getitem__(self, step: int) -> Batch:
+        return self.batch(step)
 
     def batch(self, step: int) -> Batch:
         epoch, position = divmod(step, self.per_epoch)
@@ -233,86 +216,22 @@ def share(batch_size: int, parts: int, rank: int, ranks: int) -> np.ndarray:
     return np.arange(batch_size).reshape(parts, ranks, -1)[:, rank].ravel()
 
 
-def batches(steps: Made[T], start: int, end: int, workers: int, pin: bool) -> Generator[T, None, None]:
-    """Items start to end - 1, in order. Raises the UserError that making one met, or that a worker died."""
+def batches(
+    steps: Steps, start: int, end: int, workers: int, pin: bool, read_mb_s: float | None = None
+) -> Iterator[Batch]:
+    """The batches of steps start to end - 1, in order. read_mb_s: what each worker may read from a store.
+
+    Raises the UserError that making one met, or that a worker died.
+    """
     if workers:
         with contextlib.suppress(OSError, BadImage):
             steps.source.read(0)  # what a source makes on first use is made once, not by every worker
-    loader: DataLoader[T | UserError] = DataLoader(
+    yield from loaded(
         steps,
+        workers,
+        read_mb_s=read_mb_s,
         sampler=range(start, end),
         batch_size=None,
-        num_workers=workers,
         prefetch_factor=2 if workers else None,
-        collate_fn=_same,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
-        timeout=LOOK_S if workers else 0,
     )
-    others = set(multiprocessing.active_children())
-    with _no_errors_from_signals():
-        made = iter(loader)
-    children = set(multiprocessing.active_children()) - others
-    try:
-        while (batch := next_of(made, children)) is not None:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    finally:
-        del made  # ends them, unless an error's traceback holds it
-        for worker in children:
-            worker.kill()
-
-
-def next_of(made: Iterator[T | UserError], workers: Collection[BaseProcess]) -> T | UserError | None:
-    """The next that a loader makes, None at its end. Raises UserError where a worker has died, or nothing comes in STUCK_S."""
-    for _ in range(round(STUCK_S / LOOK_S)):
-        try:
-            return next(made, None)
-        except (RuntimeError, OSError, EOFError) as error:  # the latter: it died while it handed a batch over
-            late = str(error).startswith("DataLoader timed out")
-            if workers and not late:
-                dying = multiprocessing.connection.wait([worker.sentinel for worker in workers], LOOK_S)
-                for worker in workers:
-                    if worker.sentinel in dying:
-                        worker.join(LOOK_S)  # now its status is known
-            if cause := cause_of_death(workers):
-                raise UserError(f"{cause}; the same command goes on") from error
-            if not late:
-                raise
-    raise UserError(f"no batch in {STUCK_S} s: reading hangs, of a disk or a network")
-
-
-def cause_of_death(workers: Iterable[BaseProcess]) -> str | None:
-    """What ended the first of some worker processes that has ended, which none does by itself; None if none has."""
-    for worker in workers:
-        if (status := worker.exitcode) is None:
-            continue
-        if status >= 0:
-            return f"a process that makes batches ended with status {status}: what it wrote above says why"
-        name = signal.Signals(-status).name
-        why = CAUSES.get(name, "no image and no library is known to do this: please report it")
-        return f"a process that makes batches was killed by signal {-status} ({name}): {why}"
-    return None
-
-
-@contextlib.contextmanager
-def _no_errors_from_signals() -> Iterator[None]:
-    """torch's loader has the end of a worker raise wherever the main process stands, in the writing of a checkpoint too.
-
-    Without its handler the next batch that is asked for raises.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-
-
-def _same(batch: T) -> T:
-    return batch
-
-
-def _ignore_signals(worker: int) -> None:
-    """Signals reach the whole process group; the main process alone decides what they mean."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -13,12 +13,12 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from openjepa.engine.whole import flush, remove_folder
 from openjepa.errors import UserError, first_line
 from openjepa.models.weights import check_fit
 
+T = TypeVar("T")
 CHECKSUMS = "checksums.txt"
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is no reason to warn
 
@@ -164,7 +165,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._group: Any = None
         self._step = 0
-        self._pending: Future[None] | None = None
+        self._pending: Future[Any] | None = None
 
     def save(self, step: int, method: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint: from here on training may change what is saved.
@@ -185,20 +186,18 @@ class Saver:
         if anew := [name for name, parameter in learning(method) if not optimizer.state[parameter]]:
             state = {"anew": anew, **state}  # no step was taken on them yet
         kinds = {name: 2 if is_optimizer(name) else 1 for name in everything}
-        try:
-            if parallel.rank() == 0:
-                for stale in part.parent.glob("step-*.part"):  # of a write or a removal that was cut short
-                    shutil.rmtree(stale)
-                part.mkdir(parents=True)
-            writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=kinds, save_distributed=True)
-            written = async_save(
+        self._pending = attempted(lambda: make_room(part) if parallel.rank() == 0 else None)
+        self.wait()  # all ranks go on, or none: the others would wait in vain for the first
+        writer = HuggingFaceStorageWriter(str(part), fqn_to_index_mapping=kinds, save_distributed=True)
+        begun: Future[Any] = attempted(
+            lambda: async_save(
                 everything, storage_writer=writer, process_group=self._group, no_dist=self._group is None
             )
-        except Exception as error:
-            self._pending = failed(error)
-            self.wait()
-            return
-        self._pending = self._thread.submit(self._finish, written, part, final, {"step": step, **state})
+        )
+        if begun.exception():
+            self._pending = begun  # told when all wait for it
+        else:
+            self._pending = self._thread.submit(self._finish, begun.result(), part, final, {"step": step, **state})
 
     def _finish(self, written: Any, part: Path, final: Path, state: dict[str, Any]) -> None:
         written.result()  # of all ranks
@@ -268,10 +267,21 @@ def save(run: Path, step: int, method: nn.Module, optimizer: Optimizer, state: M
         saver.close()
 
 
-def failed(error: Exception) -> Future[None]:
-    future: Future[None] = Future()
-    future.set_exception(error)
+def attempted(call: Callable[[], T]) -> Future[T]:
+    """A call that is over, and what came of it."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error)
     return future
+
+
+def make_room(part: Path) -> None:
+    """An empty folder to write to, and no other: what is there is of a write or a removal that was cut short."""
+    for stale in part.parent.glob("step-*.part"):
+        shutil.rmtree(stale)
+    part.mkdir(parents=True)
 
 
 def storage_failure(error: BaseException) -> str | None:

@@ -31,7 +31,8 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from openjepa.data.stream import SIGNALS, Bad
+from openjepa.data.stream import Bad
+from openjepa.data.workers import SIGNALS
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.checkpoint import Checkpoint, Saver
 from openjepa.engine.parallel import Strategy
@@ -39,6 +40,7 @@ from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError
 from openjepa.models.layers import Recompute
 
+BAD_STEPS = "bad_steps.txt"
 INTERRUPTED = 130  # exit status after Ctrl-C
 REQUEUE = 75  # after the other signals: EX_TEMPFAIL, "try again", for schedulers that requeue by exit status
 
@@ -49,6 +51,7 @@ class MachineConfig:
 
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
     workers: int | None = None  # processes that load images; null: beside a GPU its share of the cores, else none
+    read_mb_s: float | None = None  # megabytes a second that a rank and its workers read from a store at most
     compile: bool = False  # torch.compile the method
     strategy: Strategy = "ddp"  # over several processes: each holds all, or fsdp: each a share of every parameter
     recompute: Recompute = "none"  # activations in backward: selective all but matrix products and attention, or full
@@ -61,6 +64,8 @@ class MachineConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise UserError(f"machine.workers is {self.workers}: it must not be negative")
+        if self.read_mb_s is not None and self.read_mb_s <= 0:
+            raise UserError(f"machine.read_mb_s is {self.read_mb_s:g}: it must be above 0, or null for as many as come")
         if self.checkpoint_every <= 0 or self.keep < 1 or self.keep_every < 0 or self.patience_s <= 0:
             raise UserError(
                 "machine.checkpoint_every and machine.patience_s must be above 0, machine.keep at least 1, machine.keep_every "
@@ -105,7 +110,7 @@ class Run:
         """Raises UserError where another process is training in the same folder."""
         if self.main:
             self._lock = alone(self.path)
-            self._trim_metrics()
+            self._trim()
             self._metrics = open(self.path / "metrics.jsonl", "a")
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._stop)
@@ -146,12 +151,16 @@ class Run:
         if any(wishes) and self.stopping is None:
             self.stopping = REQUEUE if wishes[1] else INTERRUPTED
 
-    def _trim_metrics(self) -> None:
-        """Forget what was logged after the checkpoint that we go on from."""
+    def _trim(self) -> None:
+        """Forget what was logged after the checkpoint that we go on from: it will be again."""
         file = self.path / "metrics.jsonl"
         if file.exists():
             kept = [record for record in read_metrics(self.path) if record["step"] <= self.step]
             write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
+        file = self.path / BAD_STEPS
+        if file.exists():
+            lines = file.read_text().splitlines(keepends=True)
+            write_whole(file, "".join(line for line in lines if int(line.partition("\t")[0]) <= self.step))
 
     def open_boards(self, wandb_project: str | None) -> None:
         """TensorBoard, and Weights & Biases when asked for."""
@@ -213,7 +222,7 @@ class Run:
         about = f"loss {loss:g}, gradient norm {norm:g}; images: {whose}"
         self.warn(f"step {step} is not finite and was skipped ({about})")
         if self.main:
-            with open(self.path / "bad_steps.txt", "a") as file:
+            with open(self.path / BAD_STEPS, "a") as file:
                 file.write(f"{step}\t{loss:g}\t{norm:g}\t{', '.join(images)}\n")
 
     def save(self, step: int, method: nn.Module, optimizer: Optimizer) -> None:

@@ -8,30 +8,34 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from openjepa.engine.run import REQUEUE
 from openjepa.errors import UserError, first_line, needs
+
+
+def option(value: Any, meaning: str) -> Any:
+    """A field, its default and what --help says of it."""
+    return field(default=value, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
     """What to ask Slurm for, in the words of sbatch. Changes no result."""
 
-    nodes: int = 1
-    gpus_per_node: int = 8  # one process each; 0: one process a node, on its CPU
-    cpus_per_task: int = 12  # cores of a process and its workers
-    hours: float = 24  # after which, as after a preemption, the job is queued again and goes on
-    grace_s: int = 120  # between the signal and the end: a step and a checkpoint must fit in
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    mem: str | None = None  # of a node, such as 900G
-    setup: tuple[str, ...] = ()  # shell commands before the start, such as "module load cuda"
+    nodes: int = option(1, "machines")
+    gpus_per_node: int = option(8, "one process each; 0: one process a node, on its CPU")
+    cpus_per_task: int = option(12, "cores of a process and its workers")
+    hours: float = option(24.0, "after which, as after a preemption, the job is queued again and goes on")
+    grace_s: int = option(120, "seconds between the signal and the end: a step and a checkpoint must fit in")
+    partition: str | None = option(None, "which machines, by Slurm's name for them")
+    account: str | None = option(None, "who pays")
+    qos: str | None = option(None, "quality of service")
+    constraint: str | None = option(None, "features that the machines must have")
+    exclude: str | None = option(None, "machines that are left out")
+    mem: str | None = option(None, "of a machine, such as 900G")
+    setup: tuple[str, ...] = option((), "shell commands before the start, such as 'module load cuda'")
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 0 or self.cpus_per_task < 1:
@@ -46,6 +50,15 @@ class SlurmConfig:
         return self.nodes * max(1, self.gpus_per_node)
 
 
+def described() -> str:
+    """A line for each option, with its default."""
+    lines = []
+    for each in fields(SlurmConfig):
+        default = f" ({each.default:g})" if isinstance(each.default, int | float) else ""
+        lines.append(f"  --slurm.{each.name:14} {each.metadata['meaning']}{default}")
+    return "\n".join(lines)
+
+
 class Job:
     """What every process of the job runs: a command of openjepa, after it has learned who the others are."""
 
@@ -57,6 +70,7 @@ class Job:
         from submitit.helpers import TorchDistributedEnvironment
 
         from openjepa import cli
+        from openjepa.engine.run import REQUEUE
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         sys.argv = ["openjepa", *self.words]

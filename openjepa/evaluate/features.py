@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openjepa.data.augment import centre_crop
 from openjepa.data.decode import PIXELS_VERSION, BadImage, Box, Raw, decode
 from openjepa.data.sources import Source, cache_folder
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
 from openjepa.models.vit import ViT
@@ -222,8 +223,7 @@ def array_hash(*arrays: np.ndarray) -> str:
 @torch.no_grad()
 def extract(extractor: Extractor, images: Images, workers: int = 0) -> Tensor:
     """Features of some images at once, without a store. float32 [n, layers, D]."""
-    loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
-    return torch.cat([extractor(batch) for batch in loader])
+    return torch.cat([extractor(batch) for batch in loaded(images, workers, batch_size=BATCH)])
 
 
 # ---------------------------------------------------------------- the store
@@ -333,7 +333,7 @@ def fill(store: Store, block: int, extractor: Extractor, images: Images, workers
     rows = range(block * BLOCK, min((block + 1) * BLOCK, len(images)))
     part = Hashed(Images(images.source, images.indices[rows.start : rows.stop], images.view))
     at = rows.start
-    for batch, hashes in DataLoader(part, batch_size=BATCH, num_workers=workers):
+    for batch, hashes in loaded(part, workers, batch_size=BATCH):
         features = extractor(batch)
         odd = ~torch.isfinite(features.flatten(1)).all(1)
         if odd.any():

@@ -24,9 +24,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openjepa.data.sources import Source
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.evaluate.features import BATCH, Images, View
 from openjepa.evaluate.views import Answered, Augmented
@@ -156,8 +157,7 @@ def finetune(config: FinetuneConfig, encoder: Encoder, source: Source, rows: np.
     for epoch in range(config.epochs):
         order = permutation(seed, "fine-tuning order", epoch, len(rows))
         images = Distorted(source, rows[order], view, config, encoder, seed, epoch)
-        loader = DataLoader(Answered(images, labels), batch_size=size, num_workers=workers, drop_last=True)
-        for batch, target in loader:
+        for batch, target in loaded(Answered(images, labels), workers, batch_size=size, drop_last=True):
             with seeded(key(seed, f"fine-tuning step {step}")):
                 batch, target = batch.to(device), target.to(device)
                 mixed = mixing and size > 1
@@ -198,7 +198,7 @@ def classify(model: Classifier, encoder: Encoder, images: Images,
     """The class of every image, int64 [n]. encoder: whose normalisation the images get."""
     device = model.head.weight.device
     parts = []
-    for batch in DataLoader(images, batch_size=BATCH, num_workers=workers):
+    for batch in loaded(images, workers, batch_size=BATCH):
         with autocast():
             parts.append(model(encoder.normalise(batch.to(device))).argmax(-1).cpu())
     return torch.cat(parts)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from openjepa.data.sources import Source
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.evaluate.features import BATCH, Extractor, Images
 from openjepa.evaluate.views import Answered, Augmented, Kind, Mapped, Maps
@@ -94,7 +94,7 @@ class PatchFeed:
 
     def made(self, views: Images | Augmented, size: int, drop_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
         pairs = Answered(views, self.answers) if isinstance(self.answers, Tensor) else Mapped(views, self.answers)
-        for images, answers in DataLoader(pairs, batch_size=size, num_workers=self.workers, drop_last=drop_last):
+        for images, answers in loaded(pairs, self.workers, batch_size=size, drop_last=drop_last):
             yield self.extractor.patches(images), answers.to(self.device)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.evaluate import attentive, dense, finetune, knn, linear, lowshot, quality
 from openjepa.evaluate.features import BATCH, Images
@@ -147,8 +147,8 @@ def ask_quality(config: quality.QualityConfig, subject: Subject, task: Task, ben
     views = []
     for epoch in range(config.lidar_views):
         images = Augmented(bench.train, rows, bench.view, "squash" if bench.view.squash else "crop", bench.seed, epoch)
-        loader = DataLoader(images, batch_size=BATCH, num_workers=bench.workers)
-        views.append(torch.cat([subject.extractor(batch)[:, -1] for batch in loader]))
+        made = loaded(images, bench.workers, batch_size=BATCH)
+        views.append(torch.cat([subject.extractor(batch)[:, -1] for batch in made]))
     about = {"dimensions": last.shape[1], "images": len(last)}
     answers = [
         Answer("RankMe", quality.rankme(last), details=about),

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openjepa.data.augment import NUMBERS, AugmentConfig, random_resized_crop
 from openjepa.data.decode import BadImage, Box, decode
 from openjepa.data.sources import Source
+from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.evaluate.features import BATCH, Extractor, Images, View
 from openjepa.evaluate.linear import Batch, feature_set
@@ -140,7 +141,7 @@ class ViewFeed:
         parts = [
             [*range(a, min(a + BATCH, start + size))] for start in starts for a in range(start, start + size, BATCH)
         ]
-        loader = iter(DataLoader(images, batch_sampler=parts, num_workers=self.workers))
+        loader = loaded(images, self.workers, batch_sampler=parts)
         for start in starts:  # a batch of 16,384 is never in memory as images
             features = torch.cat([self.extractor(next(loader)) for _ in range(start, start + size, BATCH)])
             sets = {name: feature_set(features, name) for name in ("last", "concat4")}

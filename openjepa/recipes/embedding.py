@@ -23,10 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from openjepa.data.decode import PIXELS_VERSION, BadImage, decode
 from openjepa.data.sources import Source, open_source
-from openjepa.data.stream import Made, batches
+from openjepa.data.workers import loaded
 from openjepa.engine import checkpoint
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, pick_workers
 from openjepa.engine.whole import flush, make_folder, refuse_unwritable, taken, write_whole
@@ -192,8 +193,8 @@ class Read:
     skipped: list[str] = field(default_factory=list)
 
 
-class Reading(Made[Read]):
-    """Item i is the i-th range of a source's images in one view, or the UserError that it met."""
+class Reading(Dataset[Read]):
+    """Item i is the i-th range of a source's images in one view."""
 
     def __init__(self, source: Source, view: View, ranges: Sequence[range]) -> None:
         self.source, self.view, self.ranges = source, view, ranges
@@ -201,13 +202,9 @@ class Reading(Made[Read]):
     def __len__(self) -> int:
         return len(self.ranges)
 
-    def __getitem__(self, i: int) -> Read | UserError:
-        try:
-            return self.read(self.ranges[i])
-        except UserError as error:  # a worker would wrap it in its traceback
-            return error
-
-    def read(self, indices: range) -> Read:
+    def __getitem__(self, i: int) -> Read:
+        """Raises UserError where the disk or the network is at fault."""
+        indices = self.ranges[i]
         images, good, skipped = [], [], []
         for index, read in zip(indices, self.source.reads(indices), strict=True):
             try:
@@ -249,7 +246,7 @@ class Blocks:
         todo = [block for block in range(self.count) if not self.file(block).exists()]
         reading = Reading(self.source, self.extractor.view, [part for block in todo for part in self.ranges(block)])
         done = 0
-        with contextlib.closing(batches(reading, 0, len(reading), workers, pin=False)) as made:
+        with contextlib.closing(loaded(reading, workers, batch_size=None)) as made:
             for block in track(todo, "embedding", console=console, transient=True, disable=console.quiet):
                 tables, skipped = [], []
                 for read in (next(made) for _ in self.ranges(block)):

@@ -52,6 +52,7 @@ class Question:
     device: str = "auto"
     seed: int = 0
     fresh: bool = False
+    workers: int | None = None  # processes that load images; none: beside a GPU up to 8
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
 
 def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int], device: torch.device,
          precision: Precision) -> Bench:  # fmt: skip
-    """The bench for one pair of sets."""
+    """The bench for one pair of sets. Raises UserError."""
+    if (workers := question.workers) is not None and workers < 0:
+        raise UserError(f"--workers is {workers}: it must not be negative")
     train, test = open_source(part.data.train, size), open_source(part.data.test, size)
     squash = question.squash or train.whole
     share = question.share if question.share is not None else part.data.share
@@ -165,7 +168,7 @@ def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int]
         device=device,
         precision=precision,
         autocast=pick_autocast(precision, device),
-        workers=min(8, os.cpu_count() or 1) if device.type == "cuda" else 0,
+        workers=workers if workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0,
         share=parallel.launched(),
         seed=question.seed,
         fresh=question.fresh,

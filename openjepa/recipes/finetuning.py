@@ -46,6 +46,7 @@ class Finetuning:
     precision: Precision | None = None
     device: str = "auto"
     seed: int = 0
+    workers: int | None = None  # processes that load images; None: beside a GPU up to 8
 
 
 def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> float:
@@ -65,7 +66,9 @@ def finetune(asked: Finetuning, values: Mapping[str, str], console: Console) -> 
     encoder, _, about = evaluation.subjects(Question(source=asked.source, network=asked.network, seed=asked.seed))
     device = pick_device(asked.device)
     precision = pick_precision(asked.precision or about["precision"], device)
-    question = Question(source=asked.source, share=asked.share, squash=asked.squash, seed=asked.seed)
+    question = Question(
+        source=asked.source, share=asked.share, squash=asked.squash, seed=asked.seed, workers=asked.workers
+    )
     data = Found("the sets given", asked.train, asked.test, 1.0)
     bench = evaluation.laid(question, Part(data, ()), encoder, encoder.vit.config.image_size, device, precision)
     found = tasks(bench.train, bench.test, "class", [asked.task] if asked.task else None)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openjepa.data.order import epoch_order
 from openjepa.data.sources import Source, open_source
+from openjepa.data.store import limit, limited
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers
@@ -25,7 +26,7 @@ from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
 from openjepa.engine.run import Run, alone
 from openjepa.engine.train import train
-from openjepa.engine.whole import make_folder, write_whole
+from openjepa.engine.whole import make_folder, refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, Images, View, extract
 from openjepa.evaluate.knn import knn_predict
@@ -46,7 +47,7 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after a
     signal.
     """
-    with joined() as roll:
+    with joined() as roll, limited(recipe.machine.read_mb_s):
         return pretrain_together(recipe, data, Path(out), console or Console(), roll)
 
 
@@ -58,14 +59,8 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     device = pick_device(recipe.machine.device)
     recipe = settled(recipe, out, device)
     mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
-    source = open_source(data, recipe.model.image_size)
-    schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
+    source, schedule = opened(recipe, data, out)
     method = build(recipe).to(device)
-    if (begun := checkpoint.checkpoints(out)) and begun[-1].step > schedule.steps:
-        raise UserError(
-            f"{out} is at step {begun[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
-            "raise schedule.epochs"
-        )
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
     parallel.barrier()
@@ -100,6 +95,9 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
         with autocast():
             return method.product(normalise(images))
 
+    workers = pick_workers(recipe.machine.workers, device)
+    read_mb_s = recipe.machine.read_mb_s and recipe.machine.read_mb_s / (workers + 1)  # this process reads, too
+    limit(read_mb_s)
     with run:
         run.open_boards(recipe.machine.wandb)
         watched = features if method.represents else None
@@ -116,15 +114,13 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             knn,
             name=source.name,
             dump=lambda done, batch: str(
-                dump(out, recipe, done, done / schedule.steps_per_epoch, batch, method, optimizer)
+                dump(out, recipe, done, done / schedule.steps_per_epoch, batch, source.name, method, optimizer)
             ),
             roll=roll,
         )
         train(
             method,
-            batches(
-                steps, run.step, schedule.steps, pick_workers(recipe.machine.workers, device), pin=device.type == "cuda"
-            ),
+            batches(steps, run.step, schedule.steps, workers, pin=device.type == "cuda", read_mb_s=read_mb_s),
             optimizer,
             schedule,
             run,
@@ -136,6 +132,18 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             seed=recipe.seed,
         )
     return method
+
+
+def opened(recipe: Recipe, data: str, out: Path) -> tuple[Source, Schedule]:
+    """The images of a run, and its schedule. Raises UserError for what cannot be trained. Writes nothing."""
+    source = open_source(data, recipe.model.image_size)
+    schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
+    if (begun := checkpoint.checkpoints(out)) and begun[-1].step > schedule.steps:
+        raise UserError(
+            f"{out} is at step {begun[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
+            "raise schedule.epochs"
+        )
+    return source, schedule
 
 
 def settled(recipe: Recipe, out: Path, device: torch.device) -> Recipe:
@@ -155,9 +163,21 @@ def build(recipe: Recipe) -> Method:
 
 def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     """Make the run's folder, or see that it was made by the same recipe from the same images. Raises UserError."""
-    about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
     if (out / "recipe.yaml").exists():
         os.close(alone(out))  # refused before anything is written
+    about = fitting(out, recipe, data, source)
+    try:
+        make_folder(out)
+        write_whole(out / "data.json", json.dumps(about, indent=1) + "\n")
+        write_whole(out / "recipe.yaml", to_yaml(recipe))  # last: with it a folder is a run
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def fitting(out: Path, recipe: Recipe, data: str, source: Source) -> dict[str, Any]:
+    """What data.json says of these images. Raises UserError where `out` was made by another recipe or from others."""
+    about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
+    if (out / "recipe.yaml").exists():
         begun = saved_recipe(out)
         if not (out / "data.json").exists():  # imported, no step taken yet: its networks alone are given
             begun = replace(recipe, model=begun.model, predictor=begun.predictor)
@@ -173,12 +193,15 @@ def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(f.name not in BEGINNINGS for f in out.iterdir())):
         raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
-    try:
-        make_folder(out)
-        write_whole(out / "data.json", json.dumps(about, indent=1) + "\n")
-        write_whole(out / "recipe.yaml", to_yaml(recipe))  # last: with it a folder is a run
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    return about
+
+
+def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
+    """What `pretrain` on so many processes would refuse at its start. Raises UserError. Writes nothing."""
+    share(recipe.data.batch_size, recipe.optim.accumulate, 0, processes)
+    source, _ = opened(recipe, data, out)
+    fitting(out, settled(recipe, out, torch.device("cpu")), data, source)
+    refuse_unwritable(out)
 
 
 def saved_recipe(run: Path) -> Recipe:

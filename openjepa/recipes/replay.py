@@ -6,7 +6,8 @@ rank (images as they were cropped, masks), so that no data is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,9 +32,12 @@ from openjepa.recipes.methods import inputs
 from openjepa.recipes.recipe import Recipe, to_yaml
 
 
-def dump(run: Path, recipe: Recipe, done: int, epoch: float, batch: Batch, method: nn.Module,
+def dump(run: Path, recipe: Recipe, done: int, epoch: float, batch: Batch, name: Callable[[int], str], method: nn.Module,
          optimizer: Optimizer) -> Path:  # fmt: skip
-    """Keep the step after `done` steps, on every rank its batch. Returns the folder. Raises UserError."""
+    """Keep the step after `done` steps, on every rank its batch. name: of the image with an index.
+
+    Returns the folder. Raises UserError.
+    """
     out = run / "bad_steps" / f"step-{done + 1:08}"
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, done, method, optimizer, {"epoch": epoch})
@@ -42,6 +46,7 @@ def dump(run: Path, recipe: Recipe, done: int, epoch: float, batch: Batch, metho
     save_file(
         {k: v.contiguous() for k, v in tensors.items() if v is not None},
         out / f"batch-{parallel.rank():05}.safetensors",
+        {"names": json.dumps([name(i) for i in batch.indices.tolist()])},
     )
     if parallel.rank() == 0:
         write_whole(out / "recipe.yaml", to_yaml(recipe))
@@ -67,7 +72,7 @@ def replay(kept: Path) -> Iterator[str]:
     yield f"step {found.step + 1}, {len(files)} {'part' if len(files) == 1 else 'parts'}, {recipe.precision} on {device}"
     bad = 0
     for rank, file in enumerate(files):
-        batch = read(file)
+        batch, names = read(file)
         torch.manual_seed((rng.key(recipe.seed, "step") + found.step) % 2**63)
         method.share(rank, len(files))
         for part in batch.parts(recipe.optim.accumulate):
@@ -78,7 +83,7 @@ def replay(kept: Path) -> Iterator[str]:
             for i in (~finite).nonzero()[:, 0].tolist():
                 bad += 1
                 loss, where = alone(method, normalise, autocast, part, i)
-                yield f"image {part.indices[i]}: loss {out['losses'][i]:g}, alone {loss:g}{where}"
+                yield f"image {names[part.indices[i]]}: loss {out['losses'][i]:g}, alone {loss:g}{where}"
             out["loss"].backward()
             parameters = [p for p in method.parameters() if p.grad is not None]
             wild = [n for n, p in method.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -89,16 +94,20 @@ def replay(kept: Path) -> Iterator[str]:
     yield "all losses are finite here" if not bad else f"{bad} images have a loss that is not finite"
 
 
-def read(file: Path) -> Batch:
+def read(file: Path) -> tuple[Batch, dict[int, str]]:
+    """A kept batch, and the names of its images by their indices. Raises UserError."""
     try:
         with safe_open(file, "pt") as opened:
+            names = json.loads((opened.metadata() or {}).get("names", "[]"))
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         kept = {name.removeprefix("masks."): tensors[name] for name in tensors if name.startswith("masks.")}
         counted = kept.get("hidden", kept.get("lengths"))  # those of which the host knows how many
         total = 0 if counted is None else int(counted.sum())
         masks = TokenMasks(kept["hidden"], total) if "hidden" in kept else Masks(**kept, total=total)
-        return Batch(tensors["images"], masks, tensors["indices"].numpy(), small=tensors.get("small"))
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        indices = tensors["indices"].numpy()
+        known = dict(zip(indices.tolist(), names or map(str, indices), strict=True))  # kept without names before
+        return Batch(tensors["images"], masks, indices, small=tensors.get("small")), known
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)})") from error
 
 
