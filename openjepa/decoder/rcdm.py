@@ -48,6 +48,7 @@ class RCDMConfig:
     blocks: int = 2  # residual blocks of a level on the way down; one more on the way up
     attention: tuple[int, ...] = (16, 8)  # sides of the feature maps that attend; those of the middle always do
     head_width: int = 64  # channels of an attention head
+    predict: Literal["noise", "velocity"] = "noise"  # the paper's; or what also weighs the steps that begin a picture
     learn_variance: bool = False  # of the reverse steps, by the variational bound (Nichol & Dhariwal, 2021)
 
     def __post_init__(self) -> None:
@@ -159,7 +160,7 @@ class RCDM(Method):
         clean = self.target(images, masks)
         t, noise = self.draw(clean)
         out = self.denoiser(self.noisy(clean, t, noise), t, self.condition(images, masks))
-        losses = (out[:, : self.channels] - noise).square().mean((1, 2, 3))
+        losses = (out[:, : self.channels] - self.asked(clean, t, noise)).square().mean((1, 2, 3))
         if self.config.learn_variance:
             losses = losses + self.bound(clean, t, noise, out)
         return {"loss": losses.mean(), "losses": losses.detach()}
@@ -189,8 +190,22 @@ class RCDM(Method):
         return t, torch.randn(of * b, *clean.shape[1:], device=clean.device)[mine]
 
     def noisy(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        signal, rest = self.shares(t)
+        return signal * clean + rest * noise
+
+    def asked(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the denoiser is to tell: the noise, or the velocity (Salimans & Ho, 2022).
+
+        Where nearly all is noise, a picture hardly shows in it, and a denoiser must learn for long before it heeds there what it
+        is told, though the colours of a sample are settled there. The velocity is nearly the picture itself there.
+        """
+        signal, rest = self.shares(t)
+        return noise if self.config.predict == "noise" else signal * noise - rest * clean
+
+    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of picture and noise at a time, [B, 1, 1, 1] each; their squares are 1 together."""
         kept = self.get_buffer("alpha_bar")[t].view(-1, 1, 1, 1)
-        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def bound(self, clean: Tensor, t: Tensor, noise: Tensor, out: Tensor) -> Tensor:
         """The variational bound's term of time t, which teaches the variances alone, [B], in bits a number.
@@ -210,7 +225,9 @@ class RCDM(Method):
         share = (logits + 1) / 2
         log_variance = share * at(betas.log()) + (1 - share) * at(smallest.log())
         noisy = self.noisy(clean, t, noise)
-        painted = (noisy - at((1 - bar).sqrt()) * guess.detach()) / at(bar.sqrt())
+        signal, rest = self.shares(t)
+        guess = guess.detach()
+        painted = (noisy - rest * guess) / signal if self.config.predict == "noise" else signal * noisy - rest * guess
         of_clean, of_noisy = at(betas * before.sqrt() / (1 - bar)), at((1 - before) * (1 - betas).sqrt() / (1 - bar))
         mean = of_clean * painted + of_noisy * noisy
         true_mean, true_log = of_clean * clean + of_noisy * noisy, at(smallest.log())
