@@ -44,8 +44,13 @@ def scheduler(sampling: Sampling, config: RCDMConfig) -> Any:
     """
     with needs("decode"):
         from diffusers import DDIMScheduler, DDPMScheduler
-    common = {"num_train_timesteps": STEPS, "beta_start": BETAS[0], "beta_end": BETAS[1], "clip_sample": True}
-    common["prediction_type"] = "epsilon" if config.predict == "noise" else "v_prediction"
+    common = {
+        "num_train_timesteps": STEPS,
+        "beta_start": BETAS[0],
+        "beta_end": BETAS[1],
+        "clip_sample": True,
+        "prediction_type": "epsilon" if config.predict == "noise" else "v_prediction",
+    }
     if sampling.sampler == "ddpm":
         variance = "learned_range" if config.learn_variance else "fixed_small"
         made = DDPMScheduler(**common, variance_type=variance, timestep_spacing="linspace")
@@ -62,7 +67,7 @@ def paint(method: RCDM, conditions: Tensor, samples: int, sampling: Sampling) ->
     The noise of the k-th sample is a function of (seed, k): the same for all conditions, so that rows can be compared.
     """
     shape = (method.channels, method.config.size, method.config.size)
-    device = method.get_buffer("alpha_bar").device
+    device = method.device
     rows = [(b, k) for b in range(len(conditions)) for k in range(samples)]
     painted = []
     for start in range(0, len(rows), BATCH):

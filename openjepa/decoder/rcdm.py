@@ -131,9 +131,12 @@ class RCDM(Method):
         self.channels = condition.networks.product.config.channels
         self.denoiser = Denoiser(config, self.channels, condition.width)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
-        alpha_bar = torch.cumprod(1 - torch.linspace(*BETAS, STEPS, dtype=torch.float64), 0)
-        self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
+        self.diffusion = Diffusion()
         self.part = (0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.embed.weight.device
 
     @property
     def condition(self) -> Condition:
@@ -190,8 +193,7 @@ class RCDM(Method):
         return t, torch.randn(of * b, *clean.shape[1:], device=clean.device)[mine]
 
     def noisy(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        signal, rest = self.shares(t)
-        return signal * clean + rest * noise
+        return self.diffusion.at("signal", t) * clean + self.diffusion.at("rest", t) * noise
 
     def asked(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser is to tell: the noise, or the velocity (Salimans & Ho, 2022).
@@ -199,49 +201,56 @@ class RCDM(Method):
         Where nearly all is noise, a picture hardly shows in it, and a denoiser must learn for long before it heeds there what it
         is told, though the colours of a sample are settled there. The velocity is nearly the picture itself there.
         """
-        signal, rest = self.shares(t)
-        return noise if self.config.predict == "noise" else signal * noise - rest * clean
-
-    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of picture and noise at a time, [B, 1, 1, 1] each; their squares are 1 together."""
-        kept = self.get_buffer("alpha_bar")[t].view(-1, 1, 1, 1)
-        return kept.sqrt(), (1 - kept).sqrt()
+        if self.config.predict == "noise":
+            return noise
+        return self.diffusion.at("signal", t) * noise - self.diffusion.at("rest", t) * clean
 
     def bound(self, clean: Tensor, t: Tensor, noise: Tensor, out: Tensor) -> Tensor:
         """The variational bound's term of time t, which teaches the variances alone, [B], in bits a number.
 
         The divergence of the true step back from the model's; at t = 0, what it costs to tell the 8-bit pixels.
         """
-        bar = self.get_buffer("alpha_bar").double()
-        before = torch.cat([bar.new_ones(1), bar[:-1]])
-        betas = 1 - bar / before
-        smallest = betas * (1 - before) / (1 - bar)
-        smallest = torch.cat([smallest[1:2], smallest[1:]])  # at t = 0 there is none
-
-        def at(values: Tensor) -> Tensor:
-            return values[t].float().view(-1, 1, 1, 1)
-
-        guess, logits = out.split(self.channels, 1)
+        at = self.diffusion.at
+        guess, logits = out.detach()[:, : self.channels], out[:, self.channels :]
         share = (logits + 1) / 2
-        log_variance = share * at(betas.log()) + (1 - share) * at(smallest.log())
+        log_variance = share * at("largest", t) + (1 - share) * at("smallest", t)
         noisy = self.noisy(clean, t, noise)
-        signal, rest = self.shares(t)
-        guess = guess.detach()
-        painted = (noisy - rest * guess) / signal if self.config.predict == "noise" else signal * noisy - rest * guess
-        of_clean, of_noisy = at(betas * before.sqrt() / (1 - bar)), at((1 - before) * (1 - betas).sqrt() / (1 - bar))
-        mean = of_clean * painted + of_noisy * noisy
-        true_mean, true_log = of_clean * clean + of_noisy * noisy, at(smallest.log())
-        divergence = 0.5 * (
-            -1
-            + log_variance
-            - true_log
-            + (true_log - log_variance).exp()
-            + (true_mean - mean).square() * (-log_variance).exp()
-        )
-        told = torch.where(
-            at(torch.arange(STEPS, device=t.device)) == 0, pixel_cost(clean, mean, log_variance), divergence
-        )
+        if self.config.predict == "noise":
+            painted = (noisy - at("rest", t) * guess) / at("signal", t)
+        else:
+            painted = at("signal", t) * noisy - at("rest", t) * guess
+        mean, true_mean = (at("of_clean", t) * start + at("of_noisy", t) * noisy for start in (painted, clean))
+        true_log = at("smallest", t)
+        apart = (true_log - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp()
+        divergence = 0.5 * (log_variance - true_log - 1 + apart)
+        told = torch.where(t.view(-1, 1, 1, 1) == 0, pixel_cost(clean, mean, log_variance), divergence)
         return told.mean((1, 2, 3)) / math.log(2)
+
+
+class Diffusion(nn.Module):
+    """Noise in a picture at each time, and what a step back is made of (Ho et al., 2020, equations 4 and 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        betas = torch.linspace(*BETAS, STEPS, dtype=torch.float64)
+        bar = torch.cumprod(1 - betas, 0)
+        before = torch.cat([bar.new_ones(1), bar[:-1]])
+        smallest = betas * (1 - before) / (1 - bar)
+        smallest[0] = smallest[1]  # at t = 0 there is none
+        values = {
+            "signal": bar.sqrt(),
+            "rest": (1 - bar).sqrt(),
+            "largest": betas.log(),  # of the variances of a step back
+            "smallest": smallest.log(),
+            "of_clean": betas * before.sqrt() / (1 - bar),  # in the mean of a step back
+            "of_noisy": (1 - before) * (1 - betas).sqrt() / (1 - bar),
+        }
+        for name, value in values.items():
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """[B, 1, 1, 1]"""
+        return self.get_buffer(name)[t].view(-1, 1, 1, 1)
 
 
 def pixel_cost(pixels: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
