@@ -118,7 +118,7 @@ class Bench:
         self.method, self.n = method, images
         places = torch.arange(images) % POSITIONS
         self.masks = masks.rows(places.numpy())
-        self.device = method.get_buffer("alpha_bar").device
+        self.device = method.device
         self.images = gallery[:images]
         normalised = method.normalise(self.images.to(self.device))
         self.boxes = method.boxes(normalised, self.masks.to(self.device)).cpu()

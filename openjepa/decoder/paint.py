@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openjepa.decoder.rcdm import BETAS, RCDM, STEPS
+from openjepa.decoder.rcdm import BETAS, RCDM, STEPS, RCDMConfig
 from openjepa.errors import UserError, needs
 from openjepa.rng import key
 
@@ -37,16 +37,22 @@ class Sampling:
             raise UserError(f"--seed {self.seed}: it must not be negative")
 
 
-def scheduler(sampling: Sampling, learned: bool) -> Any:
+def scheduler(sampling: Sampling, config: RCDMConfig) -> Any:
     """A scheduler of diffusers', its steps set; clean pictures are clipped to -1 to 1 in every step.
 
     DDPM's steps are spaced evenly from the first to the last; DDIM's are whole strides, as in the released RCDM.
     """
     with needs("decode"):
         from diffusers import DDIMScheduler, DDPMScheduler
-    common = {"num_train_timesteps": STEPS, "beta_start": BETAS[0], "beta_end": BETAS[1], "clip_sample": True}
+    common = {
+        "num_train_timesteps": STEPS,
+        "beta_start": BETAS[0],
+        "beta_end": BETAS[1],
+        "clip_sample": True,
+        "prediction_type": "epsilon" if config.predict == "noise" else "v_prediction",
+    }
     if sampling.sampler == "ddpm":
-        variance = "learned_range" if learned else "fixed_small"
+        variance = "learned_range" if config.learn_variance else "fixed_small"
         made = DDPMScheduler(**common, variance_type=variance, timestep_spacing="linspace")
     else:
         made = DDIMScheduler(**common, timestep_spacing="leading")
@@ -61,7 +67,7 @@ def paint(method: RCDM, conditions: Tensor, samples: int, sampling: Sampling) ->
     The noise of the k-th sample is a function of (seed, k): the same for all conditions, so that rows can be compared.
     """
     shape = (method.channels, method.config.size, method.config.size)
-    device = method.get_buffer("alpha_bar").device
+    device = method.device
     rows = [(b, k) for b in range(len(conditions)) for k in range(samples)]
     painted = []
     for start in range(0, len(rows), BATCH):
@@ -69,7 +75,7 @@ def paint(method: RCDM, conditions: Tensor, samples: int, sampling: Sampling) ->
         noises = [torch.Generator().manual_seed(key(sampling.seed, f"noise {k}") % 2**63) for _, k in chunk]
         condition = conditions[[b for b, _ in chunk]].to(device)
         x = torch.stack([torch.randn(shape, generator=noise) for noise in noises]).to(device)
-        schedule = scheduler(sampling, method.config.learn_variance)
+        schedule = scheduler(sampling, method.config)
         for t in schedule.timesteps.tolist():
             out = method.average(x, torch.full((len(x),), t, device=device), condition)
             if sampling.sampler == "ddim":  # as the release does, the noise is told anew from the clipped picture

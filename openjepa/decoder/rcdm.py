@@ -48,6 +48,7 @@ class RCDMConfig:
     blocks: int = 2  # residual blocks of a level on the way down; one more on the way up
     attention: tuple[int, ...] = (16, 8)  # sides of the feature maps that attend; those of the middle always do
     head_width: int = 64  # channels of an attention head
+    predict: Literal["noise", "velocity"] = "noise"  # the paper's; or what also weighs the steps that begin a picture
     learn_variance: bool = False  # of the reverse steps, by the variational bound (Nichol & Dhariwal, 2021)
 
     def __post_init__(self) -> None:
@@ -130,9 +131,12 @@ class RCDM(Method):
         self.channels = condition.networks.product.config.channels
         self.denoiser = Denoiser(config, self.channels, condition.width)
         self.average = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
-        alpha_bar = torch.cumprod(1 - torch.linspace(*BETAS, STEPS, dtype=torch.float64), 0)
-        self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
+        self.diffusion = Diffusion()
         self.part = (0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.embed.weight.device
 
     @property
     def condition(self) -> Condition:
@@ -159,7 +163,7 @@ class RCDM(Method):
         clean = self.target(images, masks)
         t, noise = self.draw(clean)
         out = self.denoiser(self.noisy(clean, t, noise), t, self.condition(images, masks))
-        losses = (out[:, : self.channels] - noise).square().mean((1, 2, 3))
+        losses = (out[:, : self.channels] - self.asked(clean, t, noise)).square().mean((1, 2, 3))
         if self.config.learn_variance:
             losses = losses + self.bound(clean, t, noise, out)
         return {"loss": losses.mean(), "losses": losses.detach()}
@@ -189,42 +193,64 @@ class RCDM(Method):
         return t, torch.randn(of * b, *clean.shape[1:], device=clean.device)[mine]
 
     def noisy(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        kept = self.get_buffer("alpha_bar")[t].view(-1, 1, 1, 1)
-        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+        return self.diffusion.at("signal", t) * clean + self.diffusion.at("rest", t) * noise
+
+    def asked(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the denoiser is to tell: the noise, or the velocity (Salimans & Ho, 2022).
+
+        Where nearly all is noise, a picture hardly shows in it, and a denoiser must learn for long before it heeds there what it
+        is told, though the colours of a sample are settled there. The velocity is nearly the picture itself there.
+        """
+        if self.config.predict == "noise":
+            return noise
+        return self.diffusion.at("signal", t) * noise - self.diffusion.at("rest", t) * clean
 
     def bound(self, clean: Tensor, t: Tensor, noise: Tensor, out: Tensor) -> Tensor:
         """The variational bound's term of time t, which teaches the variances alone, [B], in bits a number.
 
         The divergence of the true step back from the model's; at t = 0, what it costs to tell the 8-bit pixels.
         """
-        bar = self.get_buffer("alpha_bar").double()
-        before = torch.cat([bar.new_ones(1), bar[:-1]])
-        betas = 1 - bar / before
-        smallest = betas * (1 - before) / (1 - bar)
-        smallest = torch.cat([smallest[1:2], smallest[1:]])  # at t = 0 there is none
-
-        def at(values: Tensor) -> Tensor:
-            return values[t].float().view(-1, 1, 1, 1)
-
-        guess, logits = out.split(self.channels, 1)
+        at = self.diffusion.at
+        guess, logits = out.detach()[:, : self.channels], out[:, self.channels :]
         share = (logits + 1) / 2
-        log_variance = share * at(betas.log()) + (1 - share) * at(smallest.log())
+        log_variance = share * at("largest", t) + (1 - share) * at("smallest", t)
         noisy = self.noisy(clean, t, noise)
-        painted = (noisy - at((1 - bar).sqrt()) * guess.detach()) / at(bar.sqrt())
-        of_clean, of_noisy = at(betas * before.sqrt() / (1 - bar)), at((1 - before) * (1 - betas).sqrt() / (1 - bar))
-        mean = of_clean * painted + of_noisy * noisy
-        true_mean, true_log = of_clean * clean + of_noisy * noisy, at(smallest.log())
-        divergence = 0.5 * (
-            -1
-            + log_variance
-            - true_log
-            + (true_log - log_variance).exp()
-            + (true_mean - mean).square() * (-log_variance).exp()
-        )
-        told = torch.where(
-            at(torch.arange(STEPS, device=t.device)) == 0, pixel_cost(clean, mean, log_variance), divergence
-        )
+        if self.config.predict == "noise":
+            painted = (noisy - at("rest", t) * guess) / at("signal", t)
+        else:
+            painted = at("signal", t) * noisy - at("rest", t) * guess
+        mean, true_mean = (at("of_clean", t) * start + at("of_noisy", t) * noisy for start in (painted, clean))
+        true_log = at("smallest", t)
+        apart = (true_log - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp()
+        divergence = 0.5 * (log_variance - true_log - 1 + apart)
+        told = torch.where(t.view(-1, 1, 1, 1) == 0, pixel_cost(clean, mean, log_variance), divergence)
         return told.mean((1, 2, 3)) / math.log(2)
+
+
+class Diffusion(nn.Module):
+    """Noise in a picture at each time, and what a step back is made of (Ho et al., 2020, equations 4 and 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        betas = torch.linspace(*BETAS, STEPS, dtype=torch.float64)
+        bar = torch.cumprod(1 - betas, 0)
+        before = torch.cat([bar.new_ones(1), bar[:-1]])
+        smallest = betas * (1 - before) / (1 - bar)
+        smallest[0] = smallest[1]  # at t = 0 there is none
+        values = {
+            "signal": bar.sqrt(),
+            "rest": (1 - bar).sqrt(),
+            "largest": betas.log(),  # of the variances of a step back
+            "smallest": smallest.log(),
+            "of_clean": betas * before.sqrt() / (1 - bar),  # in the mean of a step back
+            "of_noisy": (1 - before) * (1 - betas).sqrt() / (1 - bar),
+        }
+        for name, value in values.items():
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """[B, 1, 1, 1]"""
+        return self.get_buffer(name)[t].view(-1, 1, 1, 1)
 
 
 def pixel_cost(pixels: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,9 @@ class Decoder:
     method: RCDM
     step: int
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
-        return self.method.get_buffer("alpha_bar").device
+        return self.method.device
 
     @torch.no_grad()
     def conditions(self, images: Tensor, masks: Masks) -> Tensor:
@@ -250,14 +249,15 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
     shown = [show(loaded, name, raw, box, i, sampling.seed) for i, (name, raw) in enumerate(found)]
     painted = hypotheses(loaded, shown, samples, sampling)
+    of = loaded.recipe.rcdm.of
+    second = {"prediction": "context", "block": "block"}.get(of)  # the oracle sees all of it
     cells = []
-    of_image = loaded.recipe.rcdm.of == "image"
-    for s, pictures_ in zip(shown, painted, strict=True):
-        outline = None if of_image else s.place.box
-        row = [Cell(s.pixels)] if of_image else [Cell(s.pixels), Cell(hidden(s), outline)]
-        cells.append(row + [Cell(picture, outline) for picture in pictures_])
-    heads = ["original"] if of_image else ["original", "context"]
-    drawn = sheet(cells, [*heads, *(f"sample {k}" for k in range(samples))])
+    for s, made in zip(shown, painted, strict=True):
+        outline = s.place.box if second else None
+        told = [Cell(hidden(s) if of == "prediction" else s.pixels, outline)] if second else []
+        cells.append([Cell(s.pixels), *told, *(Cell(picture, outline) for picture in made)])
+    heads = ["original", *([second] if second else []), *(f"sample {k}" for k in range(samples))]
+    drawn = sheet(cells, heads)
     about = {**loaded.about(sampling), "images": [s.name for s in shown], "boxes": [list(s.place.box) for s in shown]}
     return save(out, drawn, painted, about, each)
 
