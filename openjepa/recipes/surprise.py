@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -131,7 +133,7 @@ def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View, m
     """
     about = [
         VERSION, trained.fingerprint(), source.fingerprint(), source.stamps(), asdict(view), surprise.identity,
-        PIXELS_VERSION, most,
+        PIXELS_VERSION, min(most, len(source)),
     ]  # fmt: skip
     file = cache_folder() / "surprise" / f"{short_hash(about)}.npz"
     if not file.exists():
@@ -246,7 +248,7 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
     }  # fmt: skip
     write_whole(question.out.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     title = f"surprise of {question.run} at step {trained.step}, {question.data}, {int(truth.odd.sum())} of {len(found)} odd"
-    console.print(suite.table(records, title))
+    console.print(table(records, title))
     console.print(f"written to {question.out.with_suffix('.json')}", highlight=False, soft_wrap=True)
     return records
 
@@ -278,6 +280,19 @@ def spread(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """A map of patches as a map of pixels. [rows, columns] to [H, W]."""
     image = torch.from_numpy(values)[None, None]
     return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def table(records: list[dict[str, Any]], title: str) -> Table:
+    """A row for the score and for each control, in percent, 95 % intervals over images."""
+    found = {(r["of"], r["metric"]): r for r in records}
+    metrics = list(dict.fromkeys(r["metric"] for r in records))
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    out.add_column("%")
+    for metric in metrics:
+        out.add_column(metric, justify="right")
+    for of in dict.fromkeys(r["of"] for r in records):
+        out.add_row(of, *(suite.cell(found.get((of, metric))) for metric in metrics))
+    return out
 
 
 def write_scores(question: Question, trained: Trained, source: Source, found: Judged, truth: Truth | None) -> None:
