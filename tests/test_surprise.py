@@ -426,7 +426,7 @@ def test_a_reference_of_other_channels_is_seen_as_the_run_sees_images(monkeypatc
         ("{run} --reference {one} --data {folder} --out {tmp}/s.parquet", "a reference of 1 images"),
         ("{run} --reference {folder} --data {small} --out {tmp}/s.parquet", "3x3 pixels are smaller than a patch of 4"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 6,10", "does not fit"),
-        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 3", "--block is '3'"),
+        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 3", "--block 3: give 2 whole numbers"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --stride 9", "leaves gaps"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --task x", "no such labels or masks"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --crop 0", "above 0 and at most 1"),

@@ -150,7 +150,7 @@ def looked_at(source: Source, view: PatchView) -> Tensor:
 def chosen_patch(patch: Grid | None, grid: Grid) -> Grid:
     """Raises UserError for one outside the grid."""
     row, column = patch or (grid[0] // 2, grid[1] // 2)
-    if not (row < grid[0] and column < grid[1]):
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise UserError(
             f"--patch {row},{column} is outside the grid of {grid[0]}x{grid[1]} patches, which are counted from 0"
         )
