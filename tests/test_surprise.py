@@ -426,7 +426,10 @@ def test_a_reference_of_other_channels_is_seen_as_the_run_sees_images(monkeypatc
         ("{run} --reference {one} --data {folder} --out {tmp}/s.parquet", "a reference of 1 images"),
         ("{run} --reference {folder} --data {small} --out {tmp}/s.parquet", "3x3 pixels are smaller than a patch of 4"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 6,10", "does not fit"),
-        ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 3", "--block 3: give 2 whole numbers"),
+        (
+            "{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --block 3",
+            "--block 3: give 2 whole numbers",
+        ),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --stride 9", "leaves gaps"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --task x", "no such labels or masks"),
         ("{run} --reference {folder} --data {folder} --out {tmp}/s.parquet --crop 0", "above 0 and at most 1"),
@@ -442,15 +445,19 @@ def test_mistakes_get_one_line(monkeypatch, capsys, tmp_path, trained, folder, c
 
 
 @pytest.mark.slow
-def test_a_short_run_finds_odd_scenes_better_than_chance_random_weights_and_its_bare_energy(tmp_path, cache):
+def test_a_short_run_finds_odd_scenes_better_than_chance_and_than_its_bare_energy(tmp_path, cache):
+    """Whitened pixels and random weights find textures nearly as well (docs/looking.md): nothing is claimed of them here."""
     recipe = ijepa_scenes()
-    recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=4), precision="fp32")
+    recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=1), precision="fp32")
     pretrain(recipe, "scenes:4000", tmp_path / "run", Console(quiet=True))
     question = Question(
-        run=str(tmp_path / "run"), reference="scenes:4000-4200", data="scenes:5000-5300:odd", out=tmp_path / "s.parquet"
+        run=str(tmp_path / "run"),
+        reference="scenes:4000-4150",
+        data="scenes:5000-5150:odd",
+        stride=2,
+        out=tmp_path / "s.parquet",
     )
     found = {(r["of"], r["metric"]): r for r in score_images(question, Console(quiet=True))}
     assert found["surprise", "image AUROC"]["interval"][0] > 0.7
-    for metric in ("image AUROC", "pixel AUROC"):
-        for other in ("random weights", "bare energy"):
-            assert found["surprise", metric]["value"] > found[other, metric]["value"]
+    for metric in ("image AUROC", "pixel AUROC", "PRO", "first guess"):
+        assert found["surprise", metric]["value"] > found["bare energy", metric]["value"]
