@@ -365,7 +365,7 @@ def report(args: argparse.Namespace, rest: list[str]) -> None:
 def surprise(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from openjepa.recipes.surprise import Question, surprise
+    from openjepa.recipes.surprise import Question, score_images
 
     refuse(rest)
     names = ("run", "reference", "data", "task", "normal", "stride", "squash", "precision", "device")
@@ -375,7 +375,7 @@ def surprise(args: argparse.Namespace, rest: list[str]) -> None:
         block=whole_numbers("--block", args.block, 2),
         share=args.crop,
     )
-    surprise(question, Console())
+    score_images(question, Console())
 
 
 def inspect(args: argparse.Namespace, rest: list[str]) -> None:

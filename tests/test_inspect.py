@@ -146,7 +146,7 @@ def test_one_command_draws_all_there_is_of_an_image(monkeypatch, capsys, tmp_pat
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert told["patch"] == [3, 5]
-    assert len(told["surprise"]) == 2
+    assert [set(entry) for entry in told["surprise"]] == [{"score", "above"}] * 2
     assert told["neighbours"][0][0] == {"path": "red/03.png", "cosine": 1.0}
     assert told["neighbours"][1][0] == {"path": "blue/04.png", "cosine": 1.0}
 
@@ -218,8 +218,8 @@ def bomb(path: Path) -> Path:
         ("{run} {tmp}/bomb.png", "100000x100000 pixels are more than the limit"),
         ("{run} {tmp}/small.png", "3x3 pixels are smaller than a patch of 4"),
         ("{run} {red} --patch 6,0", "--patch 6,0 is outside the grid of 6x10"),
-        ("{run} {red} --patch 0,-1", "--patch is '0,-1'"),
-        ("{run} {red} --patch 4", "--patch is '4'"),
+        ("{run} {red} --patch 0,-1", "--patch 0,-1 is outside the grid"),
+        ("{run} {red} --patch 4", "--patch 4: give 2 whole numbers"),
         ("{run} {red} --block 6,10", "does not fit"),
         ("{run} {red} --attention-block 2", "this encoder has 2, 0 to 1"),
         ("{run} {red} --reference {tmp}/none", "no such file or folder"),

@@ -25,8 +25,9 @@ COLORS = {
     "cyan": (0.16, 0.82, 0.82),
     "yellow": (1.0, 0.93, 0.20),
 }
-PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
-PATCHWORK = 0.6  # side of a patchwork's cells, in radii
+BLACK, WHITE = (0.02, 0.02, 0.02), (1.0, 1.0, 1.0)
+PALETTE = np.array([*COLORS.values(), BLACK, WHITE], dtype=np.float32)
+TEXTURES = {"plain": 0.0, "patchwork": 0.6, "checks": 0.7, "stripes": 0.5}  # side of their cells, in radii
 FIELD = math.radians(44)  # of view, of the shorter side
 SUPERSAMPLE = 2  # rays a pixel, on each axis
 LAMP_RADIUS = 0.7
@@ -38,7 +39,7 @@ AMBIENT = 0.38
 class Object:
     """One thing on the ground. shape, color, material: indices; radius, x, y: units; turn: radians about its axis.
 
-    patchwork: whether it is covered with patches of all colours, as no usual one is.
+    texture: an index, 0 for the one colour that usual objects have.
     """
 
     shape: int
@@ -48,7 +49,7 @@ class Object:
     x: float
     y: float
     turn: float
-    patchwork: bool = False
+    texture: int = 0
 
     @property
     def height(self) -> float:
@@ -135,11 +136,16 @@ def normals(thing: Object, p: Vector) -> Vector:
     return along_x * np.sign(p[0]), along_y * np.sign(p[1]), top.astype(np.float32)
 
 
-def patches_of_colour(thing: Object, p: Vector) -> np.ndarray:
-    """The colour of a patchwork at points in the object's frame: cells of a cubic lattice, in an order without a pattern."""
-    side = np.float32(PATCHWORK * thing.radius)
+def painted(thing: Object, p: Vector) -> np.ndarray:
+    """The colour's index in PALETTE at points in the object's frame: cells of a cubic lattice, or layers."""
+    texture = list(TEXTURES)[thing.texture]
+    if texture == "plain":
+        return np.full(len(p[0]), thing.color)
+    side = np.float32(TEXTURES[texture] * thing.radius)
     x, y, z = (np.floor(c / side).astype(np.int64) for c in p)
-    return (thing.color + 1 + (7 * x + 3 * y + 5 * z) % (len(PALETTE) - 1)) % len(PALETTE)
+    if texture == "patchwork":  # of all colours but its own
+        return (thing.color + 1 + (7 * x + 3 * y + 5 * z) % (len(COLORS) - 1)) % len(COLORS)
+    return len(COLORS) + (z if texture == "stripes" else x + y + z) % 2
 
 
 @dataclass(frozen=True)
@@ -187,10 +193,10 @@ def cast(scene: Scene, rows: int, columns: int) -> Hits:
         p: Vector = tuple(o[i] + t * np.broadcast_to(ray[i], front.shape)[front] for i in range(3))
         nx, ny, nz = normals(thing, p)
         c, s = math.cos(thing.turn), math.sin(thing.turn)
-        colours = PALETTE[patches_of_colour(thing, p) if thing.patchwork else thing.color]
+        colours = PALETTE[painted(thing, p)]
         for i, value in enumerate((c * nx - s * ny, s * nx + c * ny, nz)):
             normal[i][window][front] = value
-            albedo[i][window][front] = colours[..., i]
+            albedo[i][window][front] = colours[:, i]
         depth[window][front] = t
         metal[window][front] = MATERIALS[thing.material] == "metal"
         owner[window][front] = number

@@ -5,7 +5,7 @@ stand on a ground plane under a lamp with soft shadows, seen in perspective by a
 function of (seed, k). Tasks: the number of objects, the distance of the nearest (VTAB's six classes), its colour and
 its shape. Lengths are CLEVR's units; the camera stands about 11 from the centre.
 
-`scenes:N:odd` are the same scenes, but in every second one the object that shows most is covered with a patchwork of colours.
+`scenes:N:odd` are the same scenes, but in half of them the object that shows most has a texture, of three.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from openjepa.data import clevr
 from openjepa.data.clevr import COUNTS, count_and_distance
-from openjepa.data.raycast import COLORS, MATERIALS, SHAPES, Object, Scene, annotate, cast, render
+from openjepa.data.raycast import COLORS, MATERIALS, SHAPES, TEXTURES, Object, Scene, annotate, cast, render
 from openjepa.data.sources import Source, cache_folder
 from openjepa.data.workers import loaded
 from openjepa.errors import UserError
@@ -85,20 +85,21 @@ def arrange(places: np.ndarray, traits: np.ndarray) -> list[Object]:
     return objects
 
 
-def odd_one(seed: int, k: int, scene: Scene) -> int | None:
-    """Which object of the k-th scene is odd: in every second scene, at random, the one that shows most."""
-    if Draws(seed, "odd scene", [k]).uniform(1)[0, 0] < 0.5:
-        return None
-    owner = cast(scene, *GLANCE).owner
-    return int(np.bincount(owner[owner >= 0], minlength=len(scene.objects)).argmax())
-
-
 def compose_odd(seed: int, k: int) -> tuple[Scene, int | None]:
-    """The k-th scene of a seed with its odd object, and which one that is."""
-    scene = compose(seed, k)
-    odd = odd_one(seed, k, scene)
-    things = [replace(thing, patchwork=i == odd) for i, thing in enumerate(scene.objects)]
+    """The k-th scene of a seed, in half of all cases with an odd object, the one that shows most; and which one that is."""
+    scene, u = compose(seed, k), oddness(seed, [k])[0]
+    if u[0] < 0.5:
+        return scene, None
+    owner = cast(scene, *GLANCE).owner
+    odd = int(np.bincount(owner[owner >= 0], minlength=len(scene.objects)).argmax())
+    things = [*scene.objects]
+    things[odd] = replace(things[odd], texture=1 + int(u[1] * (len(TEXTURES) - 1)))
     return replace(scene, objects=things), odd
+
+
+def oddness(seed: int, scenes: list[int] | np.ndarray) -> np.ndarray:
+    """Two numbers a scene: odd from a half on, and which texture then. float64 [n, 2]."""
+    return Draws(seed, "odd scene", scenes).uniform(2)
 
 
 # ---------------------------------------------------------------- the source
@@ -125,12 +126,11 @@ class Scenes(Source):
         found = [labels(compose(seed, k)) for k in range(first, last)]
         self.labels = {task: np.array([label[task] for label in found], dtype=np.int64) for task in CLASSES}
         if odd:
-            drawn = Draws(seed, "odd scene", np.arange(first, last)).uniform(1)[:, 0]
-            self.labels["odd"] = (drawn >= 0.5).astype(np.int64)
+            self.labels["odd"] = (oddness(seed, np.arange(first, last))[:, 0] >= 0.5).astype(np.int64)
 
     @classmethod
     def from_spec(cls, rest: str, size: tuple[int, int]) -> Scenes:
-        """scenes (10,000 of them), scenes:N, or scenes:FIRST-LAST; with :odd at the end, every second one holds an odd object."""
+        """scenes (10,000 of them), scenes:N, or scenes:FIRST-LAST; with :odd at the end, half of them hold an odd object."""
         numbers, _, kind = rest.partition(":")
         first, _, last = numbers.partition("-") if "-" in numbers else ("0", "", numbers or "10000")
         if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)) or kind not in ("", "odd"):

@@ -2,7 +2,10 @@
 
 A block slides over the image's grid. Each time the context encoder sees all that lies outside it, the predictor tells what is
 inside, and what the run's own loss makes of the difference from the target encoder's features is the block's energy (section 2
-of the paper). A patch's surprise is the mean over the blocks that cover it.
+of the paper). A patch's energy is the mean over the blocks that cover it.
+
+Energies are high wherever something is hard to tell, usual or not. What is unusual shows beside a reference set, in the remains
+themselves: by how their directions vary there (a Mahalanobis distance), not by their length. docs/looking.md has both measured.
 B images, N = rows * columns patches, M blocks of T patches, D channels.
 """
 
@@ -10,23 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openjepa.errors import UserError
 from openjepa.masking import Grid, Masks
 from openjepa.methods.ijepa import IJEPA
 from openjepa.models.encoder import Normalise
+from openjepa.models.layers import patchify
 
 TOKENS = 2**14  # patches that are encoded at a time
-FEW = 10  # reference images that the spread over all places counts for at each place
+RIDGE = 1e-3  # share of the mean variance that is added to every direction's
+KEPT = 64  # reference images whose own scores are kept
 
-Energy = Callable[[Tensor], Tensor]  # uint8 [B, channels, H, W] to float32 [B, rows, columns]
+Remains = Callable[
+    [Tensor], Tensor
+]  # uint8 [B, channels, H, W] to what is left of each patch, float32 [B, N, D] on the CPU
 
 
 # ---------------------------------------------------------------- blocks
@@ -82,93 +88,91 @@ class Surprise:
         return {"block": self.block, "stride": self.stride, "arithmetic": type(self.autocast()).__name__}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """images of the run's size: uint8, or float in [0, 1], [B, channels, H, W]. Returns [B, rows, columns], on the CPU."""
-        (m, t), (rows, columns) = self.blocks.shape, self.grid
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images of the run's size: uint8, or float in [0, 1], [B, channels, H, W].
+
+        Returns energies [B, rows, columns] and remains [B, N, D], target less prediction, both the mean over blocks, on the CPU.
+        """
+        (m, t), n = self.blocks.shape, self.grid[0] * self.grid[1]
         b, device = len(images), self.blocks.device
-        total = torch.zeros(b, rows * columns, device=device)
         with self.autocast():
             normalised = self.normalise(images.to(device))
             every = Masks(self.rest.expand(b, -1, -1), self.blocks.expand(b, -1, -1))
             targets = self.method.targets(normalised, every)  # [B, M, T, D]
+            energies, remains = torch.zeros(b, n, device=device), torch.zeros(b, n, targets.shape[-1], device=device)
             pairs = torch.cartesian_prod(torch.arange(b, device=device), torch.arange(m, device=device))
-            for i, j in (part.unbind(1) for part in pairs.split(max(1, TOKENS // (rows * columns)))):
+            for i, j in (part.unbind(1) for part in pairs.split(max(1, TOKENS // n))):
                 masks = Masks(self.rest[j, None], self.blocks[j, None])
                 context, visible, _ = self.method.encode_context(normalised[i], masks, 0)
-                predicted = self.method.predictor(context, visible, masks.targets)[:, 0]  # [P, T, D]
-                each = (x.float().flatten(0, 1)[:, None, None] for x in (predicted, targets[i, j]))
-                energies = self.method.loss(*each).view(-1, t)  # of every patch alone
-                total.index_put_((i[:, None], self.blocks[j]), energies, accumulate=True)
-        covered = torch.bincount(self.blocks.flatten(), minlength=rows * columns)
-        return (total / covered).view(b, rows, columns).cpu()
+                predicted = self.method.predictor(context, visible, masks.targets)[:, 0].float()  # [P, T, D]
+                target = targets[i, j].float()
+                each = (x.flatten(0, 1)[:, None, None] for x in (predicted, target))  # every patch a block of its own
+                where = (i[:, None], self.blocks[j])
+                energies.index_put_(where, self.method.loss(*each).view(-1, t), accumulate=True)
+                remains.index_put_(where, target - predicted, accumulate=True)
+        covered = torch.bincount(self.blocks.flatten(), minlength=n)
+        return (energies / covered).view(b, *self.grid).cpu(), (remains / covered[:, None]).cpu()
+
+    def energies(self, images: Tensor) -> Tensor:
+        return self(images)[0]
+
+    def remains(self, images: Tensor) -> Tensor:
+        return self(images)[1]
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """A control: what the target encoder makes of each patch, nothing predicted."""
+        with self.autocast():
+            found = self.method.target_encoder(self.normalise(images.to(self.blocks.device)))
+            return self.method.loss.levelled(found).cpu()
 
 
-class Unlike:
-    """A control in raw pixels: the mean squared distance of each patch from the mean of the reference images."""
-
-    def __init__(self, batches: Iterable[Tensor], grid: Grid) -> None:
-        """batches: the reference images, uint8 [B, channels, H, W]."""
-        self.grid = grid
-        total, count = torch.zeros(()), 0
-        for images in batches:
-            total = total + images.float().sum(0)
-            count += len(images)
-        self.mean = total / count
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return pooled(((images.float() - self.mean) / 255).square(), self.grid)
+def pixels(images: Tensor, patch: int) -> Tensor:
+    """A control: the patches themselves."""
+    return patchify(images.float() / 255, patch)
 
 
-class Contrast:
-    """A control in raw pixels: how far each differs from the mean of its surroundings, two patches wide."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def __call__(self, images: Tensor) -> Tensor:
-        x = images.float() / 255
-        reach = tuple(side // n for side, n in zip(images.shape[-2:], self.grid, strict=True))
-        window = [2 * r + 1 for r in reach]
-        around = F.avg_pool2d(x, window, 1, reach, count_include_pad=False)
-        return pooled((x - around).square(), self.grid)
-
-
-def pooled(errors: Tensor, grid: Grid) -> Tensor:
-    """The mean of a patch's pixels and channels. [B, channels, H, W] to [B, rows, columns]."""
-    return F.adaptive_avg_pool2d(errors.mean(1, keepdim=True), grid)[:, 0]
-
-
-# ---------------------------------------------------------------- statistics and score
+# ---------------------------------------------------------------- what is usual
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What energies of a reference set are like at each place. centre, spread: float32 [rows, columns]."""
+class Usual:
+    """What remains of the patches of a reference set. mean: [N, D], at each place; whitening: [D, D], of all places together.
 
-    centre: np.ndarray
-    spread: np.ndarray
+    scores: those of some of the reference images themselves, in rising order.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    scores: np.ndarray
     images: int
 
     @classmethod
-    def of(cls, maps: np.ndarray) -> Statistics:
-        """maps: [n, rows, columns]. Few images tell little of one place: their spread leans on that of all places.
+    def of(cls, parts: Iterable[Tensor]) -> Usual:
+        """parts: remains of the reference images, [B, N, D] each. Raises UserError for fewer than two images."""
+        kept: list[Tensor] = []
+        first, second, count = torch.zeros(()), torch.zeros(()), 0
+        for part in parts:
+            if count < KEPT:
+                kept.append(part[: KEPT - count])
+            exact = part.double()
+            first, second = first + exact.sum(0), second + torch.einsum("bnd,bne->de", exact, exact)
+            count += len(part)
+        if count < 2:
+            raise UserError(f"a reference of {count} images does not say what is usual: give 2, better 100 or more")
+        mean = first / count
+        covariance = (second - count * mean.T @ mean) / ((count - 1) * len(mean))
+        d = len(covariance)
+        lifted = covariance + (RIDGE * covariance.trace() / d + 1e-12) * torch.eye(d, dtype=covariance.dtype)
+        whitening = torch.linalg.inv(torch.linalg.cholesky(lifted)).T
+        found = cls(mean.float(), whitening.float(), np.empty(0), count)
+        return replace(found, scores=np.sort(score(found(torch.cat(kept)))))
 
-        Raises UserError for fewer than two images.
-        """
-        n = len(maps)
-        if n < 2:
-            raise UserError(f"a reference of {n} images says nothing of what is usual: give 2, better 100 or more")
-        maps = maps.astype(np.float64)
-        centre = maps.mean(0)
-        variance = (maps - centre).__pow__(2).sum(0) / (n - 1)
-        spread = np.sqrt((n * variance + FEW * variance.mean()) / (n + FEW))
-        return cls(centre.astype(np.float32), np.maximum(spread, 1e-12).astype(np.float32), n)
-
-    def __call__(self, maps: np.ndarray) -> np.ndarray:
-        """Energies [..., rows, columns] in deviations from what is usual at their place."""
-        return (maps - self.centre) / self.spread
+    def __call__(self, remains: Tensor) -> np.ndarray:
+        """[B, N, D] to how unusual each patch is, float32 [B, N]: 1 on average over the reference."""
+        return ((remains - self.mean) @ self.whitening).square().mean(-1).numpy()
 
 
-def score(normalised: np.ndarray) -> np.ndarray:
-    """One number an image. normalised: [n, rows, columns]. Returns float32 [n]."""
-    return normalised.reshape(len(normalised), -1).max(1)
+def score(unusual: np.ndarray) -> np.ndarray:
+    """One number an image, its most unusual patch's: means over several found less. unusual: [n, ...]. Returns [n]."""
+    return unusual.reshape(len(unusual), -1).max(1)

@@ -150,7 +150,7 @@ def looked_at(source: Source, view: PatchView) -> Tensor:
 def chosen_patch(patch: Grid | None, grid: Grid) -> Grid:
     """Raises UserError for one outside the grid."""
     row, column = patch or (grid[0] // 2, grid[1] // 2)
-    if not (row < grid[0] and column < grid[1]):
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise UserError(
             f"--patch {row},{column} is outside the grid of {grid[0]}x{grid[1]} patches, which are counted from 0"
         )
@@ -221,17 +221,21 @@ def draw_surprise(found: Found, asked: Looking, trained: Trained, reference: Sou
     if refusal := without_predictor(trained):
         found.notes.append(f"no surprise map: {refusal}")
         return
-    energy = surprise_of(trained, asked.block, device=asked.device)
-    if reference is None:
-        energies, normalised, scores = energy(images).numpy(), None, None
-    else:
-        view = view_of(trained, reference, asked.share, asked.squash)
-        energies, normalised, scores = judge_of(energy, trained, reference, view, USUAL)(images)
-        found.numbers["surprise"] = [float(s) for s in scores]
+    surprise = surprise_of(trained, asked.block, device=asked.device)
     text = "How far the predictor is from the target encoder's features of a patch, hidden with its block and told from the rest"
-    if scores is not None:
-        text += "; below, in deviations from the reference at its place (bright is 6 or more). Above, the image's score"
-    found.add("surprise", "What surprises", text + ".", pictures.surprise_figure(images, energies, normalised, scores))
+    if reference is None:
+        figure = pictures.surprise_figure(images, surprise.energies(images).numpy())
+    else:
+        judge = judge_of(surprise, trained, reference, view_of(trained, reference, asked.share, asked.squash), USUAL)
+        energies, unusual, scores = judge(images)
+        below = [float((judge.usual.scores < s).mean()) for s in scores]
+        found.numbers["surprise"] = [
+            {"score": float(s), "above": share} for s, share in zip(scores, below, strict=True)
+        ]
+        text += "; below, how unusual that is beside the reference. Above, the most unusual patch, and the share of "
+        text += f"{len(judge.usual.scores)} reference images that stay under it"
+        figure = pictures.surprise_figure(images, energies, unusual, judge.usual.scores)
+    found.add("surprise", "What surprises", text + ".", figure)
 
 
 def draw_neighbours(found: Found, encoder: Encoder, images: Tensor, others: Tensor, names: list[str]) -> None:

@@ -8,17 +8,20 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from openjepa.data.decode import PIXELS_VERSION, BadImage, Box
 from openjepa.data.sources import Source, cache_folder, open_source
+from openjepa.data.workers import loaded
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, pick_workers
 from openjepa.engine.run import environment
 from openjepa.engine.whole import refuse_unwritable, write_whole
@@ -27,7 +30,7 @@ from openjepa.evaluate import anomalies, suite
 from openjepa.evaluate.anomalies import Levels, image_auroc
 from openjepa.evaluate.features import Images, View, short_hash
 from openjepa.evaluate.scores import IGNORED
-from openjepa.evaluate.surprise import Contrast, Energy, Statistics, Surprise, Unlike, score, usual_block
+from openjepa.evaluate.surprise import Remains, Surprise, Usual, pixels, score, usual_block
 from openjepa.evaluate.views import Maps
 from openjepa.masking import Grid
 from openjepa.methods.ijepa import IJEPA
@@ -76,16 +79,24 @@ class PatchView(View):
 
 @dataclass(frozen=True)
 class Judge:
-    """A run's energies, and what is usual for them."""
+    """A run's surprise, and what of it is usual."""
 
-    energy: Energy
-    statistics: Statistics
+    surprise: Surprise
+    usual: Usual
 
-    def __call__(self, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """uint8 [B, channels, H, W] to energies and normalised energies [B, rows, columns], and scores [B]."""
-        energies = self.energy(images).numpy()
-        normalised = self.statistics(energies)
-        return energies, normalised, score(normalised)
+    def __call__(self, images: Tensor) -> Judged:
+        """images: uint8 [B, channels, H, W], a batch."""
+        energies, remains = self.surprise(images)
+        unusual = self.usual(remains).reshape(energies.shape)
+        return Judged(energies.numpy(), unusual, score(unusual))
+
+
+class Judged(NamedTuple):
+    """energies: the run's own loss; unusual: 1 on average over the reference; both [B, rows, columns]. scores: [B]."""
+
+    energies: np.ndarray
+    unusual: np.ndarray
+    scores: np.ndarray
 
 
 def surprise_of(trained: Trained, block: Grid | None = None, stride: int = 1, precision: Precision | None = None,
@@ -116,23 +127,28 @@ def view_of(trained: Trained, source: Source | None = None, share: float = 1.0, 
 
 
 def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View, most: int = REFERENCE) -> Judge:
-    """A run's energy beside its statistics over a reference set, which are computed once and kept in the cache.
+    """A run's surprise beside that of a reference set, which is computed once and kept in the cache.
 
     most: images of the reference that count, a fixed random choice.
     """
     about = [
         VERSION, trained.fingerprint(), source.fingerprint(), source.stamps(), asdict(view), surprise.identity,
-        PIXELS_VERSION, most,
+        PIXELS_VERSION, min(most, len(source)),
     ]  # fmt: skip
     file = cache_folder() / "surprise" / f"{short_hash(about)}.npz"
     if not file.exists():
-        found = Statistics.of(energies(surprise, reference_images(source, view, most)))
+        found = usual_of(surprise.remains, reference_images(source, view, most))
         file.parent.mkdir(exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part.npz")
-        np.savez(part, centre=found.centre, spread=found.spread, images=found.images)
+        np.savez(part, mean=found.mean, whitening=found.whitening, scores=found.scores, images=found.images)
         part.rename(file)
     with np.load(file) as kept:
-        return Judge(surprise, Statistics(kept["centre"], kept["spread"], int(kept["images"])))
+        mean, whitening = (torch.from_numpy(kept[name]) for name in ("mean", "whitening"))
+        return Judge(surprise, Usual(mean, whitening, kept["scores"], int(kept["images"])))
+
+
+def usual_of(remains: Remains, images: Images, workers: int = 0) -> Usual:
+    return Usual.of(remains(batch) for batch in batches(images, workers))
 
 
 def reference_images(source: Source, view: View, most: int = REFERENCE) -> Images:
@@ -141,13 +157,8 @@ def reference_images(source: Source, view: View, most: int = REFERENCE) -> Image
     return Images(source, chosen, view)
 
 
-def energies(energy: Energy, images: Images, workers: int = 0) -> np.ndarray:
-    """Of all images in order. Returns float32 [n, rows, columns]. Raises UserError for unreadable images."""
-    return torch.cat([energy(batch) for batch in batches(images, workers)]).numpy()
-
-
-def batches(images: Images, workers: int = 0) -> DataLoader[Tensor]:
-    return DataLoader(images, batch_size=BATCH, num_workers=workers)
+def batches(images: Images, workers: int = 0) -> Iterator[Tensor]:
+    return loaded(images, workers, batch_size=BATCH)
 
 
 # ---------------------------------------------------------------- what is odd
@@ -202,33 +213,34 @@ def told(source: Source, view: View, task: str, normal: str) -> Truth:
 # ---------------------------------------------------------------- the command
 
 
-def surprise(question: Question, console: Console) -> list[dict[str, Any]]:
+def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
     """Write scores and maps to OUT.parquet, and what they are worth to OUT.json where something says what is odd.
 
     Returns the records of the latter. Raises UserError.
     """
     refuse_unwritable(question.out.parent)
     trained = load_run(question.run)
-    energy = surprise_of(trained, question.block, question.stride, question.precision, question.device)
+    surprise = surprise_of(trained, question.block, question.stride, question.precision, question.device)
     size = trained.recipe.model.image_size
     reference, source = open_source(question.reference, size), open_source(question.data, size)
     views = [view_of(trained, s, question.share, question.squash) for s in (reference, source)]
     truth = truth_of(source, views[1], question.task, question.normal)
-    judge = judge_of(energy, trained, reference, views[0])
+    judge = judge_of(surprise, trained, reference, views[0])
     images = Images(source, np.arange(len(source)), views[1])
-    workers = pick_workers(None, energy.blocks.device)
-    found = judge.statistics(energies(energy, images, workers))
+    workers = pick_workers(None, surprise.blocks.device)
+    parts = [judge(batch) for batch in batches(images, workers)]
+    found = Judged(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     write_scores(question, trained, source, found, truth)
-    console.print(f"{len(found)} images scored, {question.out}", highlight=False, soft_wrap=True)
+    console.print(f"{len(found.scores)} images scored, {question.out}", highlight=False, soft_wrap=True)
     if truth is None:
-        console.print(
-            "nothing says what is odd in these images (--task and --normal name labels or masks)", highlight=False
-        )
+        text = "nothing says what is odd in these images (--task and --normal name labels or masks)"
+        console.print(text, highlight=False, soft_wrap=True)
         return []
-    records = worth(found, truth, "pretrained")
-    for name, other in controls(trained, energy, reference, views[0]):
-        usual = Statistics.of(energies(other, reference_images(reference, views[0]), workers))
-        records += worth(usual(energies(other, images, workers)), truth, name)
+    records = worth(found.unusual, truth, "surprise") + worth(found.energies, truth, "bare energy")
+    for name, remains in controls(trained, surprise):
+        usual = usual_of(remains, reference_images(reference, views[0]), workers)
+        maps = np.concatenate([usual(remains(batch)) for batch in batches(images, workers)])
+        records += worth(maps.reshape(found.unusual.shape), truth, name)
     about = {
         "command": shlex.join(["openjepa", *sys.argv[1:]]),
         "run": question.run, "step": trained.step, "reference": question.reference, "data": question.data,
@@ -236,26 +248,29 @@ def surprise(question: Question, console: Console) -> list[dict[str, Any]]:
     }  # fmt: skip
     write_whole(question.out.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     title = f"surprise of {question.run} at step {trained.step}, {question.data}, {int(truth.odd.sum())} of {len(found)} odd"
-    console.print(suite.table(records, title))
+    console.print(table(records, title))
     console.print(f"written to {question.out.with_suffix('.json')}", highlight=False, soft_wrap=True)
     return records
 
 
-def controls(trained: Trained, energy: Surprise, reference: Source, view: View) -> Iterator[tuple[str, Energy]]:
-    """The same with the weights that the run began with, and two energies of raw pixels."""
-    begun = cast(IJEPA, build(trained.recipe).eval().requires_grad_(False)).to(energy.blocks.device)
-    yield "random weights", Surprise(begun, energy.normalise, energy.autocast, energy.block, energy.stride)
-    yield "raw pixels", Unlike(batches(reference_images(reference, view)), energy.grid)
-    yield "contrast", Contrast(energy.grid)
+def controls(trained: Trained, surprise: Surprise) -> Iterator[tuple[str, Remains]]:
+    """What the score is worth without its parts: nothing predicted, nothing learned, pixels; all judged by the same reference."""
+    yield "nothing predicted", surprise.features
+    begun = cast(IJEPA, build(trained.recipe).eval().requires_grad_(False)).to(surprise.blocks.device)
+    yield (
+        "random weights",
+        Surprise(begun, surprise.normalise, surprise.autocast, surprise.block, surprise.stride).remains,
+    )
+    yield "raw pixels", partial(pixels, patch=trained.recipe.model.patch_size)
 
 
-def worth(normalised: np.ndarray, truth: Truth, of: str) -> list[dict[str, Any]]:
+def worth(maps: np.ndarray, truth: Truth, of: str) -> list[dict[str, Any]]:
     """How well images and places are told, of maps [n, rows, columns]."""
-    answers = [image_auroc(score(normalised), truth.odd)]
+    answers = [image_auroc(score(maps), truth.odd)]
     if truth.masks:
         first = truth.masks(0)
-        levels = Levels.of(normalised)
-        for i, values in enumerate(normalised):
+        levels = Levels.of(maps)
+        for i, values in enumerate(maps):
             levels.add(spread(values, first.shape), truth.masks(i))
         answers += levels.answers()
     return anomalies.records(answers, of, truth.task)
@@ -267,25 +282,43 @@ def spread(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def write_scores(question: Question, trained: Trained, source: Source, found: np.ndarray, truth: Truth | None) -> None:
-    """One row an image: id, path, label, score, and the map as a list of rows * columns numbers."""
+def table(records: list[dict[str, Any]], title: str) -> Table:
+    """A row for the score and for each control, in percent, 95 % intervals over images."""
+    found = {(r["of"], r["metric"]): r for r in records}
+    metrics = list(dict.fromkeys(r["metric"] for r in records))
+    out = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    out.add_column("%")
+    for metric in metrics:
+        out.add_column(metric, justify="right")
+    for of in dict.fromkeys(r["of"] for r in records):
+        out.add_row(of, *(suite.cell(found.get((of, metric))) for metric in metrics))
+    return out
+
+
+def write_scores(question: Question, trained: Trained, source: Source, found: Judged, truth: Truth | None) -> None:
+    """One row an image: id, path, label, score, and two maps, each a list of rows * columns numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    n, rows, columns = found.shape
+    n, rows, columns = found.unusual.shape
     task = next((name for name in (truth and truth.task, "label") if name in source.labels), None)
     labels = [source.classes[task][i] for i in source.labels[task]] if task else [None] * n
     about = {
         "rows": rows, "columns": columns, "run": question.run, "step": trained.step,
         "fingerprint": trained.fingerprint(), "reference": question.reference,
-        "unit": "deviations from the reference's mean at each place",
+        "score": "the largest of map", "map": "1 on average over the reference", "energy": "the run's own loss",
     }  # fmt: skip
+
+    def maps(values: np.ndarray) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), rows * columns)
+
     fields: dict[str, Any] = {
         "id": pa.array(range(n), pa.int64()),
         "path": pa.array([source.name(i) for i in range(n)], pa.string()),
         "label": pa.array(labels, pa.string()),
-        "score": pa.array(score(found), pa.float32()),
-        "map": pa.FixedSizeListArray.from_arrays(pa.array(found.ravel(), pa.float32()), rows * columns),
+        "score": pa.array(found.scores, pa.float32()),
+        "map": maps(found.unusual),
+        "energy": maps(found.energies),
     }
     if truth:
         fields["odd"] = pa.array(truth.odd)

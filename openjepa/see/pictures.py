@@ -19,7 +19,6 @@ from openjepa.see.patches import Palette, nearest, pooled, seen
 
 HEAT, ENERGY = "YlOrRd", "magma"
 LIGHT, OPAQUE = 0.35, 0.85  # how far an image under a map is lightened, and how much a map's highest value hides of it
-USUAL, ODD = 0.0, 6.0  # deviations at the ends of a surprise map's colours
 
 
 def masks_figure(images: Tensor, masks: Masks | TokenMasks, grid: Grid) -> Figure:
@@ -115,13 +114,13 @@ def likeness_figure(images: Tensor, maps: Tensor, patch: int, grid: Grid) -> Fig
     return figure
 
 
-def surprise_figure(images: Tensor, energies: np.ndarray, normalised: np.ndarray | None, scores: np.ndarray | None,
-                    masks: Sequence[np.ndarray] | None = None) -> Figure:  # fmt: skip
-    """Rows: the image (with the outline of what is truly odd), its energies, and where they are more than usual; its score.
+def surprise_figure(images: Tensor, energies: np.ndarray, unusual: np.ndarray | None = None,
+                    usual: np.ndarray | None = None, masks: Sequence[np.ndarray] | None = None) -> Figure:  # fmt: skip
+    """Rows: the image (with the outline of what is truly odd), its energies, and where it is unusual; above, its score and rank.
 
-    images: uint8 [n, 3, H, W]; energies, normalised: [n, rows, columns]; scores: [n]; masks: n of [H, W].
+    images: uint8 [n, 3, H, W]; energies, unusual: [n, rows, columns]; usual: scores of reference images; masks: n of [H, W].
     """
-    names = ["image", "energy"] + ([] if normalised is None else ["unusual"])
+    names = ["image", "energy"] + ([] if unusual is None else ["unusual"])
     figure, axes = canvas(len(names), len(images), *names)
     top = float(np.quantile(energies, 0.995))
     for i, image in enumerate(images):
@@ -130,10 +129,11 @@ def surprise_figure(images: Tensor, energies: np.ndarray, normalised: np.ndarray
         if masks is not None and masks[i].any():
             axes[0][i].contour(masks[i] != 0, levels=[0.5], colors=[TARGETS[0]], linewidths=1.2)
         axes[1][i].imshow(energies[i], cmap=ENERGY, vmin=0, vmax=top, interpolation="nearest")
-        if normalised is not None:
-            heat(axes[2][i], pixels, normalised[i], USUAL, ODD)
-        if scores is not None:
-            axes[0][i].set_title(f"{scores[i]:.1f}", fontsize=9, color=INK)
+        if unusual is not None and usual is not None:
+            heat(axes[2][i], pixels, unusual[i], float(np.median(usual)) / 2, 1.5 * float(np.quantile(usual, 0.95)))
+            highest = float(unusual[i].max())
+            text = f"{highest:.1f}, above {100 * (usual < highest).mean():.0f} %"
+            axes[0][i].set_title(text, fontsize=8, color=INK)
     return figure
 
 
