@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import openjepa
-from openjepa import cli
+from openjepa.commands import options
 from openjepa.convert import released
 from openjepa.data import store
 from openjepa.data.sources import open_source
@@ -138,7 +138,7 @@ def test_any_recipe_as_text_is_read_or_refused(effort, tmp_path, monkeypatch):
             whole = whole[:at] + new + whole[at + len(new) // 2 :]
         file.write_bytes(whole.encode(errors="surrogatepass"))
         with read_or_refused():
-            recipe, _ = cli.read(file)
+            recipe, _ = options.read(file)
             assert from_dict(Recipe, yaml.safe_load(to_yaml(recipe))) == recipe
         assert os.listdir() == ["recipe.yaml"]
 
@@ -173,7 +173,7 @@ def test_any_override_is_read_or_refused(effort, tmp_path, monkeypatch):
 
     def claim(words: list[str]) -> None:
         with read_or_refused():
-            override(recipe, cli.pairs(words))
+            override(recipe, options.pairs(words))
         assert not os.listdir()
 
     words = st.one_of(KEYS.map("--{}".format), VALUES.map(str), st.builds("--{}={}".format, KEYS, VALUES))
@@ -460,7 +460,7 @@ def test_a_recipe_of_a_few_lines_never_stands_for_endless_values(tmp_path):
     for text in ("\n".join(lines), "\n".join(merged), "[" * 10**5, "a: " + "9" * 10**5, "x" * 10**6 + ": 1"):
         (tmp_path / "x.yaml").write_text(text)
         with read_or_refused(), pytest.raises(UserError) as refusal:
-            cli.read(tmp_path / "x.yaml")
+            options.read(tmp_path / "x.yaml")
         assert len(str(refusal.value)) < 1000, text[:20]
 
 

@@ -1,0 +1,86 @@
+"""The commands that score with labels: evaluate, finetune."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from openjepa.commands.options import height_and_width, looking, pairs
+
+
+def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.evaluation import Question, evaluate
+
+    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh", "workers")
+    question = Question(
+        **{name: getattr(args, name) for name in names},
+        image_size=height_and_width(args.image_size),
+        share=args.crop,
+        sets=args.sets.split(",") if args.sets else (),
+        protocols=args.protocols.split(",") if args.protocols else None,
+        tasks=args.tasks.split(",") if args.tasks else None,
+        root=Path(args.root) if args.root else None,
+        out=Path(args.out) if args.out else None,
+    )
+    file = evaluate(question, pairs(rest), Console())
+    if (file.parent / "recipe.yaml").exists():
+        print(f"next: openjepa report {file.parent}")
+
+
+def finetune(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.finetuning import Finetuning, finetune
+
+    names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed", "workers")
+    asked = Finetuning(**{name: getattr(args, name) for name in names}, share=args.crop, out=Path(args.out))
+    finetune(asked, pairs(rest), Console())
+
+
+def add(commands: Any) -> None:
+    """Their options."""
+    p = commands.add_parser(
+        "evaluate",
+        help="score an encoder beside random weights and raw pixels",
+        epilog="Any value of a protocol: --linear.epochs 100, --knn.ks 10,20 (docs/evaluation.md lists them)",
+    )
+    p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
+    p.add_argument("--train", metavar="SPEC", help="labelled images that probes learn from")
+    p.add_argument("--test", metavar="SPEC", help="labelled images that they are scored on")
+    p.add_argument(
+        "--sets", metavar="NAMES", help="instead: data sets by name, such as cifar100,food101 (docs/evaluation.md)"
+    )
+    p.add_argument(
+        "--suite", metavar="NAME", help="instead: paper (its tables), or transfer (every set that is at hand)"
+    )
+    p.add_argument("--root", metavar="DIR", help="where sets lie by their names: DIR/NAME/train, DIR/NAME/val")
+    p.add_argument(
+        "--protocols", metavar="NAMES", help="knn,linear unless told; lowshot:1%%,attentive,segment:knn,depth,quality …"
+    )
+    p.add_argument("--tasks", metavar="NAMES", help="all sets of labels unless told")
+    how(p)
+    p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
+    p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
+    p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
+
+    p = commands.add_parser(
+        "finetune",
+        help="train the whole encoder on labels, and keep the classifier",
+        epilog="Any value of the recipe: --finetune.epochs 20, --finetune.lr 1e-4 (docs/evaluation.md lists them)",
+    )
+    p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
+    p.add_argument("--recipe", default="low_shot", metavar="NAME", help="low_shot (the default), full or mae")
+    p.add_argument("--train", metavar="SPEC", required=True)
+    p.add_argument("--test", metavar="SPEC", required=True)
+    p.add_argument("--task", metavar="NAME", help="which labels, where there are several sets")
+    p.add_argument("--out", metavar="DIR", required=True, help="of classifier.safetensors and evaluation.json")
+    how(p)
+
+
+def how(p: argparse.ArgumentParser) -> None:
+    """Options of the commands that read labelled images with an encoder."""
+    looking(p)
+    p.add_argument("--seed", type=int, default=0)
