@@ -39,6 +39,7 @@ from openjepa.recipes.pretrain import saved_recipe
 from openjepa.recipes.recipe import override
 from tests.helpers import command, encoded, refused, same
 from tests.test_methods import recipe_of
+from tests.test_parallel import ENVIRONMENT, launch
 
 QUIET = Console(quiet=True)
 TINY = RCDMConfig(size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
@@ -347,6 +348,32 @@ def test_another_run_is_refused_by_its_fingerprint(trained, decoded, folder, tmp
             openjepa.load(source)
     with pytest.raises(UserError, match="is a decoder and holds no encoder"):
         load_run(decoded)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from openjepa.engine.launch import joined
+from openjepa.recipes.decoding import train
+from tests.test_decoder import TINY, VALUES, small
+run, data, out = sys.argv[1:]
+with joined():
+    for name, more in (("ddp", {}), ("fsdp", {"machine.strategy": "fsdp", "machine.recompute": "full"})):
+        train(run, data, Path(out) / name, small(TINY, 2), VALUES | more, Console(quiet=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_decoder_of_one(trained, decoded, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(Path(__file__).parents[1]))
+    done = launch(2, TOGETHER, tmp_path, trained, folder, tmp_path)
+    assert done.returncode == 0, done.err
+    alone = checkpoints(decoded)[-1].weights()
+    for name in ("ddp", "fsdp"):
+        weights = checkpoints(tmp_path / name)[-1].weights()
+        assert weights.keys() == alone.keys()
+        assert all(torch.allclose(weights[k], alone[k], atol=1e-3) for k in alone)
 
 
 # ---------------------------------------------------------------- commands
