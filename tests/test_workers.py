@@ -21,7 +21,7 @@ from openjepa.data.sources import Folder, open_source
 from openjepa.data.stream import Batch, batches
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig, TokenMasks, sample
-from tests.helpers import refused
+from tests.helpers import command, refused
 from tests.test_sources import steps_of
 
 
@@ -140,6 +140,39 @@ def test_a_process_that_draws_scenes_and_dies_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"was killed by signal 11 \(SIGSEGV\)"):
         Scenes.from_spec("640", (16, 16)).read(0)
     assert not list(tmp_path.iterdir())  # nothing half drawn is kept
+
+
+@pytest.mark.parametrize("what", ["evaluate", "finetune", "embed"])
+def test_scenes_are_drawn_once_and_not_by_every_worker(asked, monkeypatch, capsys, tmp_path, what):
+    cached = Scenes._cached
+
+    def noting(self):
+        (tmp_path / f"{os.getpid()}.drew").touch()
+        return cached(self)
+
+    monkeypatch.setattr(Scenes, "_cached", noting)
+    words = {
+        **asked,
+        "embed": [
+            "embed",
+            asked["evaluate"][1],
+            "--data",
+            "scenes:20",
+            "--workers",
+            "2",
+            "--out",
+            str(tmp_path / "f.parquet"),
+        ],
+    }[what]
+    for flag, spec in (("--train", "scenes:20"), ("--test", "scenes:20-40")):
+        if flag in words:
+            words[words.index(flag) + 1] = spec
+    if what == "finetune":
+        words += ["--task", "count"]
+    elif what == "evaluate":
+        words += ["--tasks", "count"]
+    assert command(monkeypatch, capsys, *words)[0] == 0
+    assert [file.name for file in tmp_path.glob("*.drew")] == [f"{os.getpid()}.drew"]
 
 
 def test_a_negative_number_of_workers_is_refused(asked, monkeypatch, capsys):

@@ -6,6 +6,7 @@ elsewhere and look the same whatever the source, so the same images give the sam
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -80,6 +81,12 @@ class Source:
                 raw = b"unreadable"
             digest.update(raw if isinstance(raw, bytes) else np.asarray(raw).tobytes())
         return digest.hexdigest()
+
+
+def first_use(source: Source) -> None:
+    """What a source makes on first use is made here and now, once, and not by every worker."""
+    with contextlib.suppress(OSError, BadImage):
+        source.read(0)
 
 
 def open_source(spec: str, image_size: tuple[int, int] = (64, 64)) -> Source:

@@ -6,7 +6,6 @@ the same. Slot g of the run is the g-th image it trains on; its crop and masks d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
 from openjepa.data.decode import BadImage, Raw
 from openjepa.data.order import Feistel, epoch_order
-from openjepa.data.sources import Source
+from openjepa.data.sources import Source, first_use
 from openjepa.data.workers import loaded
 from openjepa.errors import UserError, first_line
 from openjepa.masking import Masks, TokenMasks
@@ -224,8 +223,7 @@ def batches(
     Raises the UserError that making one met, or that a worker died.
     """
     if workers:
-        with contextlib.suppress(OSError, BadImage):
-            steps.source.read(0)  # what a source makes on first use is made once, not by every worker
+        first_use(steps.source)
     yield from loaded(
         steps,
         workers,

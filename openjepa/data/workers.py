@@ -21,7 +21,7 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what asks a run to stop after its step
 STUCK_S = 1800  # seconds without a batch
 LOOK_S = 5  # between looks at whether the workers live
-NUMBER = "machine.workers (of evaluate and finetune: --workers)"
+NUMBER = "machine.workers (or --workers)"
 CAUSES = {
     "SIGKILL": f"memory ran out, most likely: lower {NUMBER}",
     "SIGBUS": f"shared memory (/dev/shm) is full, or a file that is mapped into memory was cut short: lower {NUMBER}, or give "

@@ -159,8 +159,9 @@ class Run:
             write_whole(file, "".join(json.dumps(record) + "\n" for record in kept))
         file = self.path / BAD_STEPS
         if file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            write_whole(file, "".join(line for line in lines if int(line.partition("\t")[0]) <= self.step))
+            lines = [line.partition("\t") for line in file.read_text().splitlines(keepends=True)]
+            known = ["".join(line) for line in lines if line[0].isdecimal() and int(line[0]) <= self.step]
+            write_whole(file, "".join(known))
 
     def open_boards(self, wandb_project: str | None) -> None:
         """TensorBoard, and Weights & Biases when asked for."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from openjepa.data.decode import PIXELS_VERSION, BadImage, decode
-from openjepa.data.sources import Source, open_source
+from openjepa.data.sources import Source, first_use, open_source
 from openjepa.data.workers import loaded
 from openjepa.engine import checkpoint
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, pick_workers
@@ -246,6 +246,8 @@ class Blocks:
         todo = [block for block in range(self.count) if not self.file(block).exists()]
         reading = Reading(self.source, self.extractor.view, [part for block in todo for part in self.ranges(block)])
         done = 0
+        if workers:
+            first_use(self.source)
         with contextlib.closing(loaded(reading, workers, batch_size=None)) as made:
             for block in track(todo, "embedding", console=console, transient=True, disable=console.quiet):
                 tables, skipped = [], []

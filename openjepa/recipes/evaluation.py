@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from openjepa.data.sources import open_source
+from openjepa.data.sources import first_use, open_source
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.whole import refuse_unwritable
@@ -156,7 +156,11 @@ def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int]
     """The bench for one pair of sets. Raises UserError."""
     if (workers := question.workers) is not None and workers < 0:
         raise UserError(f"--workers is {workers}: it must not be negative")
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     train, test = open_source(part.data.train, size), open_source(part.data.test, size)
+    for source in (train, test) if workers else ():
+        first_use(source)
     squash = question.squash or train.whole
     share = question.share if question.share is not None else part.data.share
     config = encoder.vit.config
@@ -168,7 +172,7 @@ def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int]
         device=device,
         precision=precision,
         autocast=pick_autocast(precision, device),
-        workers=workers if workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0,
+        workers=workers,
         share=parallel.launched(),
         seed=question.seed,
         fresh=question.fresh,
