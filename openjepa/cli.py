@@ -26,6 +26,7 @@ COMMANDS = {
     "embed": searching.embed,
     "search": searching.search,
     "report": looking.report,
+    "studio": looking.studio,
     "inspect": looking.inspect,
     "surprise": looking.surprise,
     "pack": training.pack,

@@ -1,4 +1,4 @@
-"""The commands that look at a run: report, inspect, surprise."""
+"""The commands that look at a run: report, studio, inspect, surprise."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from openjepa.commands.options import refuse, whole_numbers
+from openjepa.errors import needs
 
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.report import report
 
     refuse(rest)
-    print(f"pictures: {report(Path(args.run))}")
+    print(f"pictures: {report(Path(args.run), Path(args.decoder) if args.decoder else None)}")
+
+
+def studio(args: argparse.Namespace, rest: list[str]) -> None:
+    from openjepa.studio.serve import refuse_taken, serve
+    from openjepa.studio.studio import Studio
+
+    refuse(rest)
+    with needs("studio"):
+        import gradio  # noqa: F401  # missing, it is told before anything is loaded
+    refuse_taken(args.host, args.port)
+    serve(Studio(args.run, args.decoder, args.table, args.data, args.device), args.host, args.port)
 
 
 def inspect(args: argparse.Namespace, rest: list[str]) -> None:
@@ -54,8 +66,18 @@ def surprise(args: argparse.Namespace, rest: list[str]) -> None:
 
 def add(commands: Any) -> None:
     """Their options."""
-    p = commands.add_parser("report", help="draw a run into RUN/report.html")
+    p = commands.add_parser("report", help="put all that a run holds on one page, RUN/report.html")
     p.add_argument("run", metavar="RUN")
+    p.add_argument("--decoder", metavar="DECODER", help="of this run: one in its folder or beside it unless told")
+
+    p = commands.add_parser("studio", help="a page on a run: drag a block, see what is expected there, click, search")
+    p.add_argument("run", metavar="RUN")
+    p.add_argument("--decoder", metavar="DECODER", help="of this run: its samples are shown")
+    p.add_argument("--table", metavar="TABLE", help="of this run's features, by search build or embed: it is searched")
+    p.add_argument("--data", metavar="SPEC", help="images to choose from and compare with: the run's own unless told")
+    p.add_argument("--host", default="127.0.0.1", help="this machine alone unless told; 0.0.0.0 is every network")
+    p.add_argument("--port", type=int, default=7860, help="7860 unless told")
+    p.add_argument("--device", default="auto", help="cpu, cuda, mps; auto takes a GPU if there is one")
 
     p = commands.add_parser(
         "inspect", help="draw what a run makes of some images: masks, PCA, attention, surprise, neighbours"

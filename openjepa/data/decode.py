@@ -148,6 +148,17 @@ def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, i
     return F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def size_of(raw: bytes) -> tuple[int, int]:
+    """Width and height that an image's header tells, before it is turned; nothing is decoded. Raises BadImage."""
+    try:
+        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            return image.size
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image of a kind that is read" if raw else "an empty file") from error
+    except DAMAGE as error:
+        raise BadImage(first_line(error)) from error
+
+
 def refuse_pixels(width: int, height: int) -> None:
     """Raises BadImage for an image that would take more than MAX_PIXELS in memory."""
     if width * height > MAX_PIXELS:

@@ -247,9 +247,17 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
     refuse_none(rows=rows, samples=samples)
     loaded = load_decoder(source, decoder, device)
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
-    shown = [show(loaded, name, raw, box, i, sampling.seed) for i, (name, raw) in enumerate(found)]
-    painted = hypotheses(loaded, shown, samples, sampling)
-    of = loaded.recipe.rcdm.of
+    drawn, shown, painted = figure_of(loaded, found, samples, sampling, box)
+    about = {**loaded.about(sampling), "images": [s.name for s in shown], "boxes": [list(s.place.box) for s in shown]}
+    return save(out, drawn, painted, about, each)
+
+
+def figure_of(decoder: Decoder, found: Sequence[tuple[str, Raw]], samples: int, sampling: Sampling,
+              box: Rectangle | None = None) -> tuple[Image.Image, list[Shown], list[Tensor]]:  # fmt: skip
+    """The paper's figure of some images by their names, what was shown of each, and its samples. Raises UserError."""
+    shown = [show(decoder, name, raw, box, i, sampling.seed) for i, (name, raw) in enumerate(found)]
+    painted = hypotheses(decoder, shown, samples, sampling)
+    of = decoder.recipe.rcdm.of
     second = {"prediction": "context", "block": "block"}.get(of)  # the oracle sees all of it
     cells = []
     for s, made in zip(shown, painted, strict=True):
@@ -257,9 +265,7 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
         told = [Cell(hidden(s) if of == "prediction" else s.pixels, outline)] if second else []
         cells.append([Cell(s.pixels), *told, *(Cell(picture, outline) for picture in made)])
     heads = ["original", *([second] if second else []), *(f"sample {k}" for k in range(samples))]
-    drawn = sheet(cells, heads)
-    about = {**loaded.about(sampling), "images": [s.name for s in shown], "boxes": [list(s.place.box) for s in shown]}
-    return save(out, drawn, painted, about, each)
+    return sheet(cells, heads), shown, painted
 
 
 def save(out: Path, drawn: Image.Image, painted: Sequence[Tensor], about: dict[str, Any], each: bool) -> list[Path]:

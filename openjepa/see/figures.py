@@ -25,20 +25,26 @@ SPENT = {  # what `openjepa bench fleet` says that a device's time goes to
     "data_s": ("data", INK),
     "saving_failing_s": ("saving, failing", "#8d5bd6"),
 }
+PANELS = {  # of what a run logs
+    "loss": "loss",
+    "feature_std": "feature spread over images",
+    "feature_rank": "effective rank",
+    "feature_cosine": "cosine between images",
+    "knn_accuracy": "k-NN accuracy",
+}
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
 def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
-    """Loss beside what the loss does not tell: spread and rank of the features, k-NN accuracy."""
-    panels = [
-        ("loss", "loss"),
-        ("feature_std", "feature spread over images"),
-        ("feature_rank", "effective rank"),
-        ("knn_accuracy", "k-NN accuracy"),
-    ]
-    panels = [(key, title) for key, title in panels if any(key in m for m in metrics)]
-    figure = Figure(figsize=(3.1 * len(panels), 2.5), layout="constrained")
-    for axis, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+    """Loss beside what the loss does not tell: spread, rank and cosine of the features, k-NN accuracy."""
+    panels = [(key, title) for key, title in PANELS.items() if any(key in m for m in metrics)]
+    rows = -(-len(panels) // 3)
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (key, title) in zip(axes, panels, strict=False):
         points = [(m["step"], m[key]) for m in metrics if key in m]
         axis.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.6, marker="o" if len(points) < 15 else None, ms=3)
         axis.set_title(title, fontsize=10, color=INK)
@@ -46,7 +52,7 @@ def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
         if key == "loss":
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(bottom=min(0.0, *(value for _, value in points)))
         tidy(axis)
     return figure
 

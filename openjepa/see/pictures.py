@@ -141,14 +141,22 @@ def surprise_figure(images: Tensor, energies: np.ndarray, unusual: np.ndarray | 
 
 
 def heat(axis: Axes, pixels: np.ndarray, values: np.ndarray, low: float, high: float) -> None:
-    """A map over a greyed image, nothing where it is low. pixels: [H, W, 3]; values: [rows, columns]."""
-    grey = LIGHT + (1 - LIGHT) * np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
-    height, width = grey.shape[:2]
+    """A map over a greyed image. pixels: [H, W, 3]; values: [rows, columns]."""
+    axis.imshow(heated(pixels, values, low, high))
+
+
+def heated(pixels: np.ndarray, values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """An image in grey under a map of its patches, nothing where that is low.
+
+    pixels: [H, W, 3]; values: [rows, columns]. Returns [H, W, 3], 0 to 1.
+    """
+    grey = LIGHT + (1 - LIGHT) * pixels.mean(-1, keepdims=True)
     share = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
-    colours = colormaps[HEAT](share)
-    colours[..., 3] = OPAQUE * share
-    axis.imshow(grey, extent=(0, width, height, 0))
-    axis.imshow(colours, extent=(0, width, height, 0), interpolation="nearest")
+    rows, columns = (np.arange(n) * m // n for n, m in zip(pixels.shape, values.shape, strict=False))
+    share = share[np.ix_(rows, columns)]
+    cover = OPAQUE * share[..., None]
+    heated: np.ndarray = (1 - cover) * grey + cover * colormaps[HEAT](share)[..., :3]
+    return heated
 
 
 def mark(axis: Axes, patch: int, grid: Grid, size: Sequence[int]) -> None:
