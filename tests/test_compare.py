@@ -9,6 +9,7 @@ from openjepa.bench import compare as bench
 from openjepa.bench.compare import contestants, seconds_of
 from openjepa.engine.run import Interrupted
 from openjepa.errors import UserError
+from openjepa.recipes import budget
 from openjepa.see.figures import comparison_figure
 from tests.helpers import command, refused
 
@@ -18,7 +19,7 @@ SMALL = [
 
 
 def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "PACE_STEPS", 4)
+    monkeypatch.setattr(budget, "PACE_STEPS", 4)
     monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
     file, picture = tmp_path / "here.json", tmp_path / "compared.png"
     words = [
