@@ -228,16 +228,18 @@ def surprising(trained: Trained, source: Source, images: Tensor) -> list[Section
     """The energy of each patch beside what is usual. Raises UserError for a run without a predictor of features."""
     if refusal := without_predictor(trained):
         raise UserError(refusal)
-    energy = surprise_of(trained)
-    if (stride := max(1, min(energy.block) // 2)) > 1:
-        energy = surprise_of(trained, stride=stride)
-    energies, normalised, scores = judge_of(energy, trained, source, view_of(trained, source), USUAL)(images[:SHOWN])
+    surprise = surprise_of(trained)
+    if (stride := max(1, min(surprise.block) // 2)) > 1:
+        surprise = surprise_of(trained, stride=stride)
+    judge = judge_of(surprise, trained, source, view_of(trained, source), USUAL)
+    energies, unusual, scores = judge(images[:SHOWN])
     text = (
         "How far the predictor is from the target encoder's features of a patch, hidden with its block and told from the rest; "
-        "below, in deviations from other images at its place (bright is 6 or more). Above, the image's score."
+        f"below, how unusual that is beside {judge.usual.images} of the run's images. Above, the most unusual patch, and the share "
+        "of those images that stay under it."
     )
-    alt = f"Images with scores {', '.join(f'{s:.1f}' for s in scores)}, and maps of the surprise of their patches"
-    figure = pictures.surprise_figure(images[:SHOWN], energies, normalised, scores)
+    alt = f"Images, most unusual patches of {', '.join(f'{s:.1f}' for s in scores)}, and maps of the surprise of all patches"
+    figure = pictures.surprise_figure(images[:SHOWN], energies, unusual, judge.usual.scores)
     return [Section("What surprises it", text, figure, alt=alt)]
 
 

@@ -130,7 +130,7 @@ def surprise_figure(images: Tensor, energies: np.ndarray, unusual: np.ndarray | 
             axes[0][i].contour(masks[i] != 0, levels=[0.5], colors=[TARGETS[0]], linewidths=1.2)
         axes[1][i].imshow(energies[i], cmap=ENERGY, vmin=0, vmax=top, interpolation="nearest")
         if unusual is not None and usual is not None:
-            heat(axes[2][i], pixels, unusual[i], float(np.median(usual)) / 2, 1.5 * float(np.quantile(usual, 0.95)))
+            heat(axes[2][i], pixels, unusual[i], *ends(usual))
             highest = float(unusual[i].max())
             text = f"{highest:.1f}, above {100 * (usual < highest).mean():.0f} %"
             axes[0][i].set_title(text, fontsize=8, color=INK)
@@ -138,6 +138,11 @@ def surprise_figure(images: Tensor, energies: np.ndarray, unusual: np.ndarray | 
 
 
 # ---------------------------------------------------------------- parts of them
+
+
+def ends(usual: np.ndarray) -> tuple[float, float]:
+    """What is nothing and what is all in a map of what is unusual, by the scores of reference images."""
+    return float(np.median(usual)) / 2, 1.5 * float(np.quantile(usual, 0.95))
 
 
 def heat(axis: Axes, pixels: np.ndarray, values: np.ndarray, low: float, high: float) -> None:

@@ -21,7 +21,7 @@ KEPT = (600, 3600)  # seconds: how often what was uploaded and drawn is looked t
 STYLE = """
 footer { display: none !important; }
 .gradio-container { max-width: 76rem !important; margin: auto; }
-.picture img { image-rendering: auto; width: 100%; }
+.picture .image-container, .picture .image-frame, .picture img { width: 100%; height: auto; }
 .numbers { overflow-x: auto; font-variant-numeric: tabular-nums; }
 .numbers th { text-align: left; font-weight: 400; opacity: .75; padding-right: 1.5rem; white-space: nowrap; }
 """
@@ -149,9 +149,9 @@ def build(studio: Studio) -> Any:
                         score = gr.Markdown()
                 expected_text = gr.Markdown()
                 expected = gallery("what is expected there: blocks of other images", FOUND // 2)
-                with gr.Group(visible=studio.decoder is not None):
+                with gr.Column(visible=studio.decoder is not None):
                     samples = gallery("what the decoder paints there", SAMPLES)
-                    seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                    seed = gr.Number(0, label="seed of the samples' noise", precision=0, minimum=0)
             with gr.Tab("Patches"):
                 gr.Markdown("**Click a patch** of the image: the map shows what is like it, from 0 to 1 (cosine, less what is "
                             "usual at each place). Colours are the three principal components, the same for all.")  # fmt: skip

@@ -181,15 +181,15 @@ class Studio:
 
     @cached_property
     def judge(self) -> Judge:
-        energy = surprise_of(self.trained, device=str(self.device))
-        return judge_of(energy, self.trained, self.source, view_of(self.trained, self.source), USUAL)
+        surprise = surprise_of(self.trained, device=str(self.device))
+        return judge_of(surprise, self.trained, self.source, view_of(self.trained, self.source), USUAL)
 
     def surprise(self, looked: Looked) -> tuple[Image.Image, str]:
-        """The map of what is unusual, and the image's score. Raises UserError where nothing is predicted."""
-        _, normalised, scores = self.judge(looked.seen[None])
-        usual = f"deviations from {self.judge.statistics.images} images at each place"
-        text = f"score {scores[0]:.1f}: {usual}, bright is {pictures.ODD:g} or more"
-        return self.heat(looked, torch.from_numpy(normalised[0]), pictures.USUAL, pictures.ODD), text
+        """Where an image is unusual, and how its most unusual patch compares. Raises UserError where nothing is predicted."""
+        _, unusual, scores = self.judge(looked.seen[None])
+        usual = self.judge.usual.scores
+        text = f"{scores[0]:.1f} at most, above that of {100 * (usual < scores[0]).mean():.0f} % of {len(usual)} images"
+        return self.heat(looked, torch.from_numpy(unusual[0]), *pictures.ends(usual)), text
 
     # ------------------------------------------------------------ patches
 
