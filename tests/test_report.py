@@ -1,0 +1,158 @@
+"""Claims about the report: one file, nothing from elsewhere; what cannot be shown says why and sinks nothing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from openjepa.decoder.rcdm import RCDMConfig
+from openjepa.recipes import decoding
+from openjepa.recipes.decoder import small
+from openjepa.recipes.report import report
+from openjepa.see.report import LARGE, Section, encoded, facts, html_table, write_report
+from tests.helpers import command, refused
+
+TINY = RCDMConfig(size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run, alone in its folder."""
+    return shutil.copytree(trained, tmp_path / "alone" / "run")
+
+
+@pytest.fixture(scope="module")
+def decoder(trained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("decoded") / "decoder"
+    values = {"data.batch_size": "8", "schedule.epochs": "1", "precision": "fp32"}
+    decoding.train(str(trained), str(folder), out, small(TINY, 1), values, Console(quiet=True))
+    return out
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags with their attributes, and each section's words."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = file.read_text()
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def section(self, title: str) -> str:
+        found = [part for part in self.text.split("<section")[1:] if f"<h2>{title}</h2>" in part]
+        assert len(found) == 1, title
+        return found[0]
+
+
+def test_a_report_asks_nothing_of_anyone_and_every_picture_says_what_it_is(run):
+    page = Page(report(run))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "form"}
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("data:image/", "#"))
+    assert not re.search(r"https?://|url\(|@import", page.text)
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 5  # masks, curves, surprise, patches, images
+    assert all(len(attributes["alt"]) > 20 for attributes in pictures)
+    assert "(prefers-color-scheme: dark)" in page.text
+    assert "@media print" in page.text
+
+
+def test_it_says_what_was_run_on_what_and_where(run):
+    said = Page(report(run)).section("What was run")
+    for words in ("I-JEPA, seed 0", "images of 24x40", "40 from", "10 of 8 images", "torch", "step 10, fingerprint"):
+        assert words in said
+
+
+def test_a_run_whose_images_are_gone_still_shows_what_it_logged(run):
+    about = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(about | {"data": "/nowhere/at all"}))
+    page = Page(report(run))
+    assert "<img" in page.section("How training went")
+    for title in ("What it had to predict", "What surprises it", "What images look alike"):
+        section = page.section(title)
+        assert "<img" not in section
+        assert "Not here: " in section
+        assert "/nowhere/at all" in section
+
+
+def test_a_run_without_checkpoints_says_so_where_weights_are_needed(run):
+    shutil.rmtree(run / "checkpoints")
+    page = Page(report(run))
+    assert "has no checkpoint yet" in page.section("What patches look alike")
+    assert "<img" in page.section("What it had to predict")
+    assert "<img" in page.section("How training went")
+
+
+def test_a_damaged_evaluation_and_no_log_sink_nothing(run):
+    (run / "evaluation.json").write_text("{")
+    (run / "metrics.jsonl").unlink()
+    page = Page(report(run))
+    assert "move it away" in page.section("What it is worth")
+    assert "nothing has been logged" in page.section("How training went")
+    assert "<img" in page.section("What images look alike")
+
+
+def test_a_decoder_beside_the_run_is_found_and_another_runs_is_not(run, decoder, monkeypatch, capsys, tmp_path):
+    assert "no decoder of this run" in Page(report(run)).section("What a decoder paints")
+    shutil.copytree(decoder, run.parent / "painter")
+    section = Page(report(run)).section("What a decoder paints")
+    assert "<img" in section
+    assert "painter, at its step 5, paints the block from the prediction" in section
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])  # other weights now
+    assert "no decoder of this run" in Page(report(run)).section("What a decoder paints")
+    status, _, _ = command(monkeypatch, capsys, "report", str(run), "--decoder", str(decoder))
+    assert status == 0
+    assert "made for another encoder" in Page(run / "report.html").section("What a decoder paints")
+
+
+def test_what_decode_check_found_is_beside_the_samples(run, decoder):
+    painter = shutil.copytree(decoder, run / "painter")
+    known = {"metrics": {"mrr": "…"}, "conditions": {"its own": {"mrr": {"value": 0.25, "interval": [0.2, 0.3]}}}}
+    (painter / decoding.FAITHFULNESS).write_text(json.dumps(known))
+    assert "<td class=n>0.25 ± 0.05</td>" in Page(report(run)).section("What a decoder paints")
+    (painter / decoding.FAITHFULNESS).write_text('{"metrics": 3}')
+    assert "cannot be read" in Page(report(run)).section("What a decoder paints")
+
+
+def test_a_decoder_has_no_report_and_neither_has_an_empty_folder(decoder, monkeypatch, capsys, tmp_path):
+    assert "is a decoder and holds no encoder" in refused(monkeypatch, capsys, "report", str(decoder))
+    assert "is not a run" in refused(monkeypatch, capsys, "report", str(tmp_path))
+
+
+def test_names_from_elsewhere_are_words_and_no_markup(tmp_path):
+    nasty = '<script>alert(1)</script>&"'
+    sections = [
+        Section(nasty, nasty, Figure((1, 1)), html_table([nasty], [], [[nasty]]) + facts([(nasty, nasty)]), nasty)
+    ]
+    write_report(tmp_path / "page.html", nasty, nasty, sections)
+    page = Page(tmp_path / "page.html")
+    assert "<script" not in page.text
+    assert {"script"} & {tag for tag, _ in page.tags} == set()
+    assert next(a["alt"] for tag, a in page.tags if tag == "img") == nasty
+
+
+def test_a_picture_that_png_makes_large_is_kept_small():
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    kind, data = encoded(Image.fromarray(noise))
+    assert kind == "webp"
+    assert len(data) < LARGE
+    flat = encoded(Image.new("RGB", (400, 400)))
+    assert flat[0] == "png"
