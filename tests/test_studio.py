@@ -358,7 +358,7 @@ def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, a
     page.goto(address)
     page.get_by_text("What is really there").wait_for()
     page.get_by_text("sample 3").wait_for()
-    block = page.locator(".block")
+    block = page.locator(".masked")
     columns = studio.grid[1]
     top, left, height, width = studio.usual()
     box = block.bounding_box()
@@ -367,7 +367,7 @@ def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, a
     page.mouse.down()
     page.mouse.move(x - box["width"] / width, y - box["height"] / height, steps=4)  # a patch up, a patch left
     page.mouse.up()
-    page.wait_for_function(f"document.querySelector('.block').style.left === '{100 * (left - 1) / columns:g}%'")
+    page.wait_for_function(f"document.querySelector('.masked').style.left === '{100 * (left - 1) / columns:g}%'")
     looked = studio.pick(0)
     text = studio.expected(looked, studio.place(looked, (top - 1, left - 1, height, width)))[1]
     page.get_by_text(text).wait_for()

@@ -41,7 +41,7 @@ from openjepa.rng import permutation
 BATCH = 16  # images whose energies are computed together
 REFERENCE = 1000  # images that statistics are of, at most
 NORMAL = ("normal", "good", "ok", "background")  # names of the class that is not odd
-VERSION = 1  # of what the cache holds
+VERSION = 2  # of what the cache holds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,9 @@ KEPT = (600, 3600)  # seconds: how often what was uploaded and drawn is looked t
 STYLE = """
 footer { display: none !important; }
 .gradio-container { max-width: 76rem !important; margin: auto; }
-.picture .image-container, .picture .image-frame, .picture img { width: 100%; height: auto; }
+.picture .image-container, .picture .image-frame, .picture img { width: 100%; height: auto; object-fit: contain; }
+.curves { max-width: 46rem; }
+.found .grid-wrap { min-height: 0; max-height: none; }
 .numbers { overflow-x: auto; font-variant-numeric: tabular-nums; }
 .numbers th { text-align: left; font-weight: 400; opacity: .75; padding-right: 1.5rem; white-space: nowrap; }
 """
@@ -37,7 +39,7 @@ def told(function: F) -> F:
         try:
             return function(*values)
         except UserError as error:
-            raise gr.Error(html.escape(str(error)), title="Not so", print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     return asked  # type: ignore[return-value]
 
@@ -168,7 +170,8 @@ def build(studio: Studio) -> Any:
                                          visible=studio.table is not None and studio.table.of_patches)  # fmt: skip
                 found = gallery("from the table", FOUND // 2)
             with gr.Tab("Training"):
-                curves = picture()
+                with gr.Column(elem_classes="curves"):
+                    curves = picture()
                 numbers = gr.HTML(elem_classes="numbers")
         when, timer = gr.State(-1.0), gr.Timer(EVERY)
 
@@ -222,7 +225,14 @@ def picture(label: str | None = None) -> Any:
 
 def gallery(label: str, columns: int) -> Any:
     return gr.Gallery(
-        label=label, columns=columns, format="png", object_fit="contain", height="auto", buttons=[], interactive=False
+        label=label,
+        columns=columns,
+        format="png",
+        object_fit="contain",
+        height="auto",
+        buttons=[],
+        interactive=False,
+        elem_classes="found",
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 HTML = """
 <div class="stage"><img src="${value.image}" alt="the image, with the block that is hidden" draggable="false">
-<div class="block" tabindex="0" role="application"
+<div class="masked" tabindex="0" role="application"
   aria-label="hidden block: drag it, or press arrow keys to move it, with Shift to size it"
   style="left:${100 * value.left / value.columns}%;width:${100 * value.width / value.columns}%;
   top:${100 * value.top / value.rows}%;height:${100 * value.height / value.rows}%"><i></i></div></div>
@@ -23,10 +23,10 @@ HTML = """
 CSS = """
 .stage { position: relative; width: 100%; line-height: 0; user-select: none; border-radius: 6px; overflow: hidden; }
 .stage img { width: 100%; image-rendering: auto; pointer-events: none; }
-.block { position: absolute; background: #00aa5040; outline: 2px solid #00aa50; outline-offset: -2px;
+.masked { position: absolute; background: #00aa5040; outline: 2px solid #00aa50; outline-offset: -2px;
   box-shadow: 0 0 0 1px #ffffffb0; cursor: grab; touch-action: none; box-sizing: border-box; }
-.block:focus-visible { outline-width: 4px; }
-.block i { position: absolute; right: 0; bottom: 0; width: 18px; height: 18px; max-width: 50%; max-height: 50%; cursor: nwse-resize;
+.masked:focus-visible { outline-width: 4px; }
+.masked i { position: absolute; right: 0; bottom: 0; width: 18px; height: 18px; max-width: 50%; max-height: 50%; cursor: nwse-resize;
   background: #00aa50; border: 2px solid #fff; border-radius: 4px 0 0 0; box-sizing: border-box; }
 """
 
@@ -53,7 +53,7 @@ const moved = (v, b, down, right, sizes) => fitted(v, sizes
   : {...b, top: b.top + down, left: b.left + right});
 const begun = (v) => ({top: v.top, left: v.left, height: v.height, width: v.width});
 element.addEventListener('pointerdown', (e) => {
-  const node = e.target.closest('.block');
+  const node = e.target.closest(".masked");
   if (!node) return;
   const box = node.parentElement.getBoundingClientRect();
   drag = {node, x: e.clientX, y: e.clientY, box, from: begun(props.value), sizes: e.target.tagName === 'I'};
@@ -72,10 +72,10 @@ element.addEventListener('pointerup', end);
 element.addEventListener('pointercancel', end);
 element.addEventListener('keydown', (e) => {
   const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[e.key];
-  if (!step || !e.target.closest('.block')) return;
+  if (!step || !e.target.closest(".masked")) return;
   e.preventDefault();
   settle(moved(props.value, begun(props.value), step[0], step[1], e.shiftKey));
-  requestAnimationFrame(() => element.querySelector('.block').focus());
+  requestAnimationFrame(() => element.querySelector(".masked").focus());
 });
 """
 
