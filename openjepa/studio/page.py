@@ -24,6 +24,7 @@ footer { display: none !important; }
 .picture .image-container, .picture .image-frame, .picture img { width: 100%; height: auto; object-fit: contain; }
 .curves { max-width: 46rem; }
 .found .grid-wrap { min-height: 0; max-height: none; }
+@media (max-width: 34rem) { .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 .numbers { overflow-x: auto; font-variant-numeric: tabular-nums; }
 .numbers th { text-align: left; font-weight: 400; opacity: .75; padding-right: 1.5rem; white-space: nowrap; }
 """

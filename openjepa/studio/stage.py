@@ -26,8 +26,8 @@ CSS = """
 .masked { position: absolute; background: #00aa5040; outline: 2px solid #00aa50; outline-offset: -2px;
   box-shadow: 0 0 0 1px #ffffffb0; cursor: grab; touch-action: none; box-sizing: border-box; }
 .masked:focus-visible { outline-width: 4px; }
-.masked i { position: absolute; right: 0; bottom: 0; width: 18px; height: 18px; max-width: 50%; max-height: 50%; cursor: nwse-resize;
-  background: #00aa50; border: 2px solid #fff; border-radius: 4px 0 0 0; box-sizing: border-box; }
+.masked i { position: absolute; right: 0; bottom: 0; width: 18px; height: 18px; max-width: 50%; max-height: 50%;
+  cursor: nwse-resize; background: #00aa50; border: 2px solid #fff; border-radius: 4px 0 0 0; box-sizing: border-box; }
 """
 
 JS = """
