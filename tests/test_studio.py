@@ -116,20 +116,22 @@ def test_surprise_colours_and_likeness_are_pictures_of_the_image(studio):
 
 def test_a_click_means_the_patch_under_it(studio):
     looked = studio.pick(0)
-    height, width = looked.shown.shape[1:]
+    width, height = studio.clickable(looked).size
     rows, columns = studio.grid
-    assert studio.patch_at(looked, 0, 0) == (0, 0)
-    assert studio.patch_at(looked, width - 1, height - 1) == (rows - 1, columns - 1)
-    assert studio.patch_at(looked, width // 2, 10 * height) == (rows - 1, columns // 2)
+    assert width == studio_module.CLICKABLE
+    for row, column in ((0, 0), (2, 3), (rows - 1, columns - 1)):
+        x, y = int((column + 0.5) * width / columns), int((row + 0.5) * height / rows)
+        assert studio.patch_at(looked, x, y) == (row, column)
+    assert studio.patch_at(looked, width, 10 * height) == (rows - 1, columns - 1)
 
 
-def test_an_image_of_the_table_finds_itself_and_its_block_is_found_in_place(studio, folder):
+def test_a_block_of_an_image_of_the_table_finds_itself_in_place(studio, folder):
     looked = studio.upload((folder / "red" / "03.png").read_bytes())
-    for place in (None, studio.place(looked, (1, 2, 1, 1))):
-        (_, words), *_ = studio.search(looked, place)
-        assert words.endswith("red/03.png")
-        if place:
-            assert words.startswith("1.000")
+    (_, words), *others = studio.search(looked, studio.place(looked, (1, 2, 1, 1)))
+    assert words.startswith("1.000")
+    assert words.endswith("red/03.png")
+    assert len(others) == studio_module.FOUND - 1
+    assert len(studio.search(looked, None)) == studio_module.FOUND
 
 
 def test_a_table_of_another_run_and_a_decoder_of_another_step_are_refused(studio, trained, decoder):
@@ -349,7 +351,7 @@ def browser():
 
 
 @pytest.mark.slow
-def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, address, studio, tmp_path):
+def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, address, studio, tmp_path, monkeypatch):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     asked, troubles = [], []
     page.on("request", lambda request: asked.append(request.url))
@@ -378,9 +380,18 @@ def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, a
     page.get_by_text(studio.expected(looked, studio.place(looked, (top - 1, left - 1, height, width)))[1]).wait_for()
     page.get_by_role("tab", name="Patches").click()
     page.locator(".picture img:visible").nth(2).wait_for()
-    like = page.locator(".picture img:visible").nth(2).get_attribute("src")
-    page.locator(".picture img:visible").first.click(position={"x": 5, "y": 5})
-    page.wait_for_function("old => [...document.querySelectorAll('.picture img')].every(i => i.src !== old)", arg=like)
+    asked_of = []
+    monkeypatch.setattr(
+        studio, "like", lambda looked, row, column: asked_of.append((row, column)) or studio.colours(looked)
+    )
+    image = page.locator(".picture img:visible").first
+    size = image.bounding_box()
+    image.click(position={"x": size["width"] * 7.5 / columns, "y": size["height"] * 1.5 / studio.grid[0]})
+    for _ in range(600):
+        if asked_of:
+            break
+        page.wait_for_timeout(100)
+    assert asked_of == [(1, 7)]
     page.get_by_role("tab", name="Search").click()
     page.get_by_role("button", name="what is in the block").click()
     page.locator(".caption-label:visible").first.wait_for()

@@ -98,7 +98,7 @@ def missing(title: str, why: str) -> list[Section]:
 def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Sequence[dict[str, Any]],
                  trained: Trained | None) -> Section:  # fmt: skip
     """Recipe, images, steps, time and machine in a few words."""
-    model, last = recipe.model, metrics[-1] if metrics else {}
+    model, last = recipe.model, latest(metrics)
     name = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT"}.get(recipe.method, recipe.method)
     rows = [("method", f"{name}, seed {recipe.seed}, {recipe.precision}")]
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
@@ -127,6 +127,11 @@ def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Seque
     return Section("What was run", "", body=facts(rows))
 
 
+def latest(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last of each number: k-NN accuracy is logged by itself."""
+    return {name: value for record in metrics for name, value in record.items()}
+
+
 def spoken(seconds: float) -> str:
     """247 to 4 min 7 s."""
     whole = round(seconds)
@@ -144,7 +149,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[Section]:
         "The loss alone says little: features that stop telling images apart also make it fall. "
         "Spread and rank must stay away from zero, the cosine between images away from one."
     )
-    first, last = metrics[0], metrics[-1]
+    first, last = latest(metrics[::-1]), latest(metrics)
     moved = ", ".join(f"{k.replace('_', ' ')} {first[k]:.3g} to {last[k]:.3g}"
                       for k in figures.PANELS if k in first and k in last)  # fmt: skip
     alt = f"Curves over steps {first['step']} to {last['step']}: {moved}"

@@ -92,11 +92,9 @@ class Page:
 
     def patches(self, looked: Looked) -> tuple[Any, Any, Any]:
         """The image, its colours, and what is like its middle."""
-        from openjepa.see.sheet import Cell, draw
-
         rows, columns = self.studio.grid
         middle = self.studio.like(looked, rows // 2, columns // 2)
-        return draw(Cell(looked.shown)), self.studio.colours(looked), middle
+        return self.studio.clickable(looked), self.studio.colours(looked), middle
 
     def clicked(self, looked: Looked | None, x: int, y: int) -> Any:
         if looked is None:

@@ -29,7 +29,7 @@ from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.expecting import Gallery
 from openjepa.recipes.looking import Looker, Pictures, Region, of_image, seen, shown
 from openjepa.recipes.pretrain import saved_data
-from openjepa.recipes.report import spoken
+from openjepa.recipes.report import latest, spoken
 from openjepa.recipes.searching import Table, neighbours, opened
 from openjepa.recipes.surprise import Judge, PatchView, judge_of, surprise_of, view_of, without_predictor
 from openjepa.rng import permutation
@@ -47,6 +47,7 @@ BASIS = 64  # of them, that colours and likeness are measured against
 USUAL = 200  # images that tell what surprise is usual
 FOUND = 8  # neighbours
 SAMPLES = 4
+CLICKABLE = 1024  # pixels of the longer side of an image that is clicked
 STEPS = 25  # of DDIM
 
 Captioned = list[tuple[Image.Image, str]]
@@ -219,10 +220,17 @@ class Studio:
         found = likeness(features, 0, row * self.grid[1] + column, self.basis.mean(0))[0]
         return self.heat(looked, found.view(self.grid), 0.0, 1.0, (row, column))
 
-    def patch_at(self, looked: Looked, x: int, y: int) -> Grid:
-        """The patch that a pixel of the image as it is shown lies in."""
+    def clickable(self, looked: Looked) -> Image.Image:
+        """The image, larger than a page shows it: Gradio tells clicks wrongly on pictures that are magnified."""
         height, width = looked.shown.shape[1:]
-        row, column = y * self.grid[0] // height, x * self.grid[1] // width
+        scale = CLICKABLE / max(height, width)
+        return draw(Cell(looked.shown)).resize((round(scale * width), round(scale * height)))
+
+    def patch_at(self, looked: Looked, x: int, y: int) -> Grid:
+        """The patch that a pixel of the clickable image lies in."""
+        scale = max(looked.shown.shape[1:]) / CLICKABLE
+        height, width = looked.shown.shape[1:]
+        row, column = int(y * scale * self.grid[0] / height), int(x * scale * self.grid[1] / width)
         return min(max(row, 0), self.grid[0] - 1), min(max(column, 0), self.grid[1] - 1)
 
     def heat(self, looked: Looked, values: Tensor, low: float, high: float, patch: Grid | None = None) -> Image.Image:
@@ -272,7 +280,7 @@ class Studio:
         metrics = read_metrics(self.trained.run)
         if not metrics:
             return None, [("", "nothing has been logged yet")]
-        numbers = {k: v for k, v in metrics[-1].items() if isinstance(v, (int, float))}
+        numbers = {k: v for k, v in latest(metrics).items() if isinstance(v, (int, float))}
         said = [(k.replace("_", " "), spoken(v) if k == "elapsed_s" else f"{v:.5g}") for k, v in numbers.items()]
         return drawn(figures.curves_figure(metrics)), said
 
