@@ -160,8 +160,8 @@ def heated(pixels: np.ndarray, values: np.ndarray, low: float, high: float) -> n
     rows, columns = (np.arange(n) * m // n for n, m in zip(pixels.shape, values.shape, strict=False))
     share = share[np.ix_(rows, columns)]
     cover = OPAQUE * share[..., None]
-    heated: np.ndarray = (1 - cover) * grey + cover * colormaps[HEAT](share)[..., :3]
-    return heated
+    mixed: np.ndarray = (1 - cover) * grey + cover * colormaps[HEAT](share)[..., :3]
+    return mixed.clip(0, 1)  # rounding
 
 
 def mark(axis: Axes, patch: int, grid: Grid, size: Sequence[int]) -> None:

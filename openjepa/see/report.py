@@ -107,8 +107,9 @@ def picture(section: Section) -> str:
     kind, data = encoded(image)
     broad = " class=broad" if image.width > 1.4 * image.height else ""
     alt = html.escape(section.alt or section.title)
+    fine = 2 if isinstance(section.figure, Figure) else 1  # pixels to one of the page's
     return (
-        f'<div class="wide"><img{broad} alt="{alt}" width="{image.width // 2}" height="{image.height // 2}" '
+        f'<div class="wide"><img{broad} alt="{alt}" width="{image.width // fine}" height="{image.height // fine}" '
         f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"></div>'
     )
 
