@@ -129,7 +129,7 @@ def inspect(asked: Looking) -> Found:
         draw_neighbours(found, encoder, images, others, names)
     with new_folder(asked.out) as folder:
         for name, section in found.sections.items():
-            assert section.figure is not None
+            assert isinstance(section.figure, Figure)
             section.figure.savefig(folder / f"{name}.png", dpi=150)
         lead = f"{asked.run} at step {trained.step}, patch {patch[0]},{patch[1]} of a grid of {model.grid[0]}x{model.grid[1]}"
         title = f"openjepa inspect: {trained.run.resolve().name}"
