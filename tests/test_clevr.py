@@ -78,6 +78,8 @@ def test_what_is_not_clevr_is_refused(tmp_path, spoil, says):
 def test_folders_and_splits_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         open_source(f"clevr:{tmp_path / 'none'}")
+    with pytest.raises(UserError, match="name too long"):
+        open_source("clevr:" + "x" * 300)
     clevr(tmp_path / "c")
     with pytest.raises(UserError, match="did you mean 'vtab-val'"):
         open_source(f"clevr:{tmp_path / 'c'}:vtab-vall")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from openjepa.data.sources import Source, stamp
+from openjepa.data.sources import Source, local_path, stamp
 from openjepa.errors import UserError, first_line, nearest
 
 COUNTS = (3, 10)  # objects in a scene
@@ -50,7 +50,7 @@ class Clevr(Source):
 
     def __init__(self, rest: str) -> None:
         root, _, split = rest.rpartition(":") if rest.rpartition(":")[2] in SPLITS else (rest, "", "train")
-        self.root, self.spec = Path(root).expanduser(), rest
+        (self.root, _), self.spec = local_path(root), rest
         if not self.root.is_dir():
             hint = nearest(rest.rpartition(":")[2], SPLITS) if ":" in rest else ""
             raise UserError(
