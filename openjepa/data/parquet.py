@@ -100,7 +100,7 @@ def image_column(schema: Any, spec: str) -> str:
 def label_columns(table: Any) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Integer columns with class names in the Hugging Face metadata, or called a label, are tasks.
 
-    A column with negative numbers, the hub's "unlabelled", is none.
+    A column with negative numbers, the hub's "unlabelled", is none. Raises UserError for a label that has no name.
     """
     import pyarrow as pa
 
@@ -115,6 +115,11 @@ def label_columns(table: Any) -> tuple[dict[str, np.ndarray], dict[str, list[str
             names = features.get(field.name, {}).get("names")
             if len(values) == 0 or values.min() < 0 or (names is None and field.name not in LABELS):
                 continue
+            if names is not None and values.max() >= len(names):
+                raise UserError(
+                    f"column '{field.name}' has label {values.max()}, and the file's metadata name {len(names)} classes: they do "
+                    "not belong together, or the file is damaged"
+                )
             labels[field.name] = values
             classes[field.name] = [str(n) for n in names or range(int(values.max()) + 1)]
     return labels, classes
