@@ -228,7 +228,7 @@ def test_real_parquet_and_shards(real_images):
 
 def test_labels_without_a_name_are_refused(tmp_path):
     """A flipped byte of a compressed column, or metadata of another file (found by the long fuzz)."""
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(encoded(RED, "PNG"))
     make_parquet(tmp_path / "x.parquet", [tmp_path / "a.png"] * 3, [0, 1, 2], ["a", "b"])
     with pytest.raises(UserError, match="'label' has label 2, and the file's metadata name 2 classes"):
         open_source(str(tmp_path / "x.parquet"))
