@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import SPEC, chosen, named, pairs, refuse
+from openjepa.commands.options import SPEC, chosen, named, pairs, refuse, together
 from openjepa.errors import UserError
 
 
@@ -22,8 +21,6 @@ def decode_train(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
     from openjepa.engine import parallel
-    from openjepa.engine.launch import joined
-    from openjepa.engine.run import Interrupted
     from openjepa.recipes.decoding import train
     from openjepa.recipes.pretrain import saved_data
 
@@ -35,15 +32,10 @@ def decode_train(args: argparse.Namespace, rest: list[str]) -> None:
     data = args.data or (saved_data(out)["data"] if begun else None)
     if data is None:
         raise UserError(f"which images? give --data SPEC: {SPEC}")
-    try:
-        with joined():
-            train(args.run, data, out, recipe, pairs(rest), Console())
-            if parallel.rank() == 0:
-                print(f"next: openjepa decode sample {args.run} {data} --decoder {out} --out samples.png")
-    except Interrupted as stop:
-        if parallel.launched()[0] == 0:
-            print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
-        sys.exit(stop.status)
+    with together():
+        train(args.run, data, out, recipe, pairs(rest), Console())
+        if parallel.rank() == 0:
+            print(f"next: openjepa decode sample {args.run} {data} --decoder {out} --out samples.png")
 
 
 def decode_sample(args: argparse.Namespace, rest: list[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,19 @@ def pairs(rest: list[str]) -> dict[str, str]:
 def refuse(rest: list[str]) -> None:
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Among the processes that were launched beside this one. A signal ends it with its own status, and says that it can go on."""
+    from openjepa.engine import parallel
+    from openjepa.engine.launch import joined
+    from openjepa.engine.run import Interrupted
+
+    try:
+        with joined():
+            yield
+    except Interrupted as stop:
+        if parallel.launched()[0] == 0:
+            print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
+        sys.exit(stop.status)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import AUTO, SPEC, automatic, chosen, named, pairs, refuse
+from openjepa.commands.options import AUTO, SPEC, automatic, chosen, named, pairs, refuse, together
 from openjepa.engine import slurm
 from openjepa.errors import UserError
 
@@ -16,26 +15,19 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
     from openjepa.engine import parallel
-    from openjepa.engine.launch import joined
-    from openjepa.engine.run import Interrupted
     from openjepa.recipes.pretrain import pretrain
     from openjepa.recipes.report import report
 
     if any(word.startswith("--slurm.") for word in rest):
         submit(args, rest)
         return
-    try:
-        with joined():
-            recipe, data, out = training(args, pairs(rest), parallel.world_size())
-            if recipe.method == "rcdm":
-                raise UserError(f"a decoder is made for a run: openjepa decode train RUN --data {data} --out {out}")
-            pretrain(recipe, data, out, Console())
-            if parallel.rank() == 0:
-                print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
-    except Interrupted as stop:
-        if parallel.launched()[0] == 0:
-            print(f"stopped: {stop}; the same command goes on", file=sys.stderr)
-        sys.exit(stop.status)
+    with together():
+        recipe, data, out = training(args, pairs(rest), parallel.world_size())
+        if recipe.method == "rcdm":
+            raise UserError(f"a decoder is made for a run: openjepa decode train RUN --data {data} --out {out}")
+        pretrain(recipe, data, out, Console())
+        if parallel.rank() == 0:
+            print(f"pictures: {report(out)}\nnext: openjepa evaluate {out} --train SPEC --test SPEC")
 
 
 def training(args: argparse.Namespace, values: dict[str, str], processes: int) -> tuple[Any, str, Path]:

@@ -24,31 +24,28 @@ def rates(lr: float) -> OptimConfig:
     return OptimConfig(lr=lr, start_lr=lr, final_lr=lr, weight_decay=0.0, final_weight_decay=0.0)
 
 
-def adm(config: RCDMConfig, lr: float = 1e-4) -> Recipe:
-    """The released values: batches of 256, a constant rate, the average of momentum 0.9999, 300,000 steps (I-JEPA, appendix E)."""
+def decoder(config: RCDMConfig, batch: int, lr: float, schedule: ScheduleConfig) -> Recipe:
+    """What all share: one block, the middle of an image, a constant rate."""
     return Recipe(
         method="rcdm",
         rcdm=config,
         masking=ONE_BLOCK,
-        data=DataConfig(batch_size=256),
+        data=DataConfig(batch_size=batch),
         augment=CENTRE,
         optim=rates(lr),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=0, ema=(0.9999, 0.9999)),
+        schedule=schedule,
     )
+
+
+def adm(config: RCDMConfig, lr: float = 1e-4) -> Recipe:
+    """The released values: batches of 256, a constant rate, the average of momentum 0.9999, 300,000 steps (I-JEPA, appendix E)."""
+    return decoder(config, 256, lr, ScheduleConfig(epochs=60, warmup_epochs=0, ema=(0.9999, 0.9999)))
 
 
 def small(config: RCDMConfig, epochs: float) -> Recipe:
     """For minutes instead of days: smaller batches at a higher rate, and an average that is of the last steps alone."""
-    return Recipe(
-        method="rcdm",
-        rcdm=config,
-        masking=ONE_BLOCK,
-        data=DataConfig(batch_size=32),
-        augment=CENTRE,
-        optim=rates(4e-4),
-        schedule=ScheduleConfig(epochs=epochs, warmup_epochs=0, ema=(0.99, 0.9995)),
-        monitors=MonitorsConfig(log_every=250),
-    )
+    made = decoder(config, 32, 4e-4, ScheduleConfig(epochs=epochs, warmup_epochs=0, ema=(0.99, 0.9995)))
+    return replace(made, monitors=MonitorsConfig(log_every=250))
 
 
 NARROW = RCDMConfig(

@@ -211,7 +211,7 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
     found.add(
         "likeness",
         "What is like the patch",
-        "Cosine of the framed patch's features with all patches of all images, from 0 (dark) to 1 (bright)"
+        "Cosine of the framed patch's features with all patches of all images, from 0 (pale) to 1 (dark red)"
         + ("." if centre is None else ", less what the reference has at each place."),
         pictures.likeness_figure(images, maps, place, grid),
     )
