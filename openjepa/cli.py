@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 
 from openjepa import __version__
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    if not any(name.startswith("PYTORCH") and name.endswith("ALLOC_CONF") for name in os.environ):
+        # Masks give every step other sizes: a GPU's memory then grows in place instead of falling into pieces.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     args, rest = parser().parse_known_args()
     try:
         COMMANDS[args.command](args, rest)

@@ -26,6 +26,25 @@ TINY = {
 }
 
 
+OWN = {  # of each method's own parts
+    "ijepa": {"predictor": TINY["predictor"]},
+    "mae": {"mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}},
+    "ibot": {
+        "ibot": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "freeze_last_layer": 0.5},
+        "crops": {"small": 2, "small_size": [16, 16]},
+        "augment": {"jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": 0.5, "flip": 0.5},
+    },
+}
+
+
+def recipe_of(name: str, **parts: object) -> Recipe:
+    """A method with the tiny encoder, every checkpoint kept. parts: in the place of its own."""
+    alike = {part: values for part, values in TINY.items() if part != "predictor"}
+    model = TINY["model"] | ({"class_token": True} if name != "ijepa" else {})
+    kept = {"machine": {"keep": 9, "checkpoint_every": 0.4}}
+    return from_dict(Recipe, {"method": name, **alike, "model": model, **kept, **OWN[name], **parts})
+
+
 @pytest.fixture
 def tiny() -> Recipe:
     return from_dict(Recipe, TINY)

@@ -19,25 +19,8 @@ from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, from_dict, from_yaml, override, to_dict, to_yaml
 from openjepa.recipes.replay import dump, replay
 from openjepa.recipes.report import report
-from tests.conftest import TINY
+from tests.conftest import OWN, recipe_of
 from tests.helpers import refused, same
-
-SHARED = {part: TINY[part] for part in ("model", "data", "optim", "schedule", "monitors", "precision")}
-OWN = {
-    "ijepa": {"predictor": {"width": 16, "depth": 1}},
-    "mae": {"mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}},
-    "ibot": {
-        "ibot": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "freeze_last_layer": 0.5},
-        "crops": {"small": 2, "small_size": [16, 16]},
-        "augment": {"jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": 0.5, "flip": 0.5},
-    },
-}
-
-
-def recipe_of(name: str, **parts) -> Recipe:
-    model = SHARED["model"] | ({"class_token": True} if name != "ijepa" else {})
-    values = {"method": name, **SHARED, "model": model, "machine": {"keep": 9, "checkpoint_every": 0.4}, **OWN[name]}
-    return from_dict(Recipe, {**values, **parts})
 
 
 @pytest.fixture(scope="module", params=["mae", "ibot"])
