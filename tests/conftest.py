@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from openjepa.data import store
+from openjepa.recipes import decoding
+from openjepa.recipes.decoder import small
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, from_dict
+from tests.helpers import PAINTER, PAINTS, make_shards
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -82,6 +87,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def two_shards(folder, tmp_path) -> str:
+    files = sorted(folder.rglob("*.png"))
+    make_shards(tmp_path, files, [int(f.parent.name == "red") for f in files])
+    return str(tmp_path / "s-{00..01}.tar")
+
+
+@pytest.fixture
+def impatient(tmp_path, monkeypatch) -> None:
+    """A cache of its own, and stores that are asked again at once."""
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "WAITS_S", (0.01, 0.02))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder to be in, with the cache elsewhere and the network down."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "WAITS_S", (0.0,))
+
+    def down(*_: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "getaddrinfo", down)
+    monkeypatch.setattr(socket.socket, "connect", down)
+    return here
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A finished tiny run on images that are not square, every checkpoint kept."""
@@ -91,4 +128,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     )
     out = tmp_path_factory.mktemp("trained") / "run"
     pretrain(recipe, str(folder), out, Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="session")
+def decoder(trained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny decoder of the tiny run, every checkpoint kept."""
+    out = tmp_path_factory.mktemp("decoded") / "decoder"
+    decoding.train(str(trained), str(folder), out, small(PAINTER, 2), PAINTS, Console(quiet=True))
     return out

@@ -12,8 +12,7 @@ from openjepa.data.sources import open_source
 from openjepa.errors import UserError
 from openjepa.recipes import packing
 from openjepa.recipes.packing import pack
-from tests.helpers import command, make_parquet, refused
-from tests.test_sources import steps_of
+from tests.helpers import command, make_parquet, refused, steps_of
 
 QUIET = Console(quiet=True)
 

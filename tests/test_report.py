@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
 
-from openjepa.decoder.rcdm import RCDMConfig
 from openjepa.recipes import decoding
-from openjepa.recipes.decoder import small
 from openjepa.recipes.report import report
 from openjepa.see.report import LARGE, Section, encoded, facts, html_table, write_report
 from tests.helpers import command, refused
-
-TINY = RCDMConfig(size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +26,6 @@ def cache(tmp_path, monkeypatch):
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the tiny run, alone in its folder."""
     return shutil.copytree(trained, tmp_path / "alone" / "run")
-
-
-@pytest.fixture(scope="module")
-def decoder(trained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("decoded") / "decoder"
-    values = {"data.batch_size": "8", "schedule.epochs": "1", "precision": "fp32"}
-    decoding.train(str(trained), str(folder), out, small(TINY, 1), values, Console(quiet=True))
-    return out
 
 
 class Page(HTMLParser):
@@ -115,7 +102,7 @@ def test_a_decoder_beside_the_run_is_found_and_another_runs_is_not(run, decoder,
     shutil.copytree(decoder, run.parent / "painter")
     section = Page(report(run)).section("What a decoder paints")
     assert "<img" in section
-    assert "painter, at its step 5, paints the block from the prediction" in section
+    assert "painter, at its step 10, paints the block from the prediction" in section
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])  # other weights now
     assert "no decoder of this run" in Page(report(run)).section("What a decoder paints")
     status, _, _ = command(monkeypatch, capsys, "report", str(run), "--decoder", str(decoder))

@@ -1,20 +1,16 @@
 """Claims about what a SPEC names: the same batches from every source, whoever makes them, and what is refused."""
 
-from functools import partial
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from openjepa.data.augment import AugmentConfig
 from openjepa.data.shards import expand_braces
 from openjepa.data.sources import Source, open_source
-from openjepa.data.stream import DataConfig, Steps, Views, batches
+from openjepa.data.stream import DataConfig, batches
 from openjepa.errors import UserError
-from openjepa.masking import MaskingConfig, sample_share
-from tests.helpers import RED, encoded, make_parquet, make_shards, whole
+from tests.helpers import RED, encoded, make_parquet, make_shards, steps_of, whole
 
 
 @pytest.fixture
@@ -25,17 +21,6 @@ def three_sources(folder, tmp_path) -> list[Source]:
     make_shards(tmp_path, files, labels)
     specs = (str(folder), str(tmp_path / "x.parquet"), str(tmp_path / "s-{00..01}.tar"))
     return [open_source(spec) for spec in specs]
-
-
-def steps_of(source: Source, **changes) -> Steps:
-    settings = {
-        "data": DataConfig(batch_size=8),
-        "augment": AugmentConfig(),
-        "masking": MaskingConfig(),
-        "seed": 0,
-    } | changes
-    views = Views((settings["augment"],), (32, 32), 3, partial(sample_share, settings["masking"], (8, 8)))
-    return Steps(source, settings["data"], views, settings["seed"])
 
 
 def test_every_source_gives_the_same_batches(three_sources):

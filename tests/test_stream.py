@@ -17,10 +17,8 @@ from openjepa.data.stream import DataConfig, Steps, batches
 from openjepa.recipes import pretrain as pretrain_module
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, override
-from tests.helpers import encoded
+from tests.helpers import encoded, logged, same, steps_of, weights
 from tests.test_decode import jpeg_of_scans, jpeg_that_says, png_that_says
-from tests.test_engine import logged, same, weights
-from tests.test_sources import steps_of
 
 
 def exif(orientation: int) -> Image.Exif:

@@ -15,17 +15,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from openjepa.decoder.rcdm import RCDMConfig
 from openjepa.errors import UserError
-from openjepa.recipes import decoding
-from openjepa.recipes.decoder import small
 from openjepa.recipes.embedding import Embedding, embed
 from openjepa.studio import stage
 from openjepa.studio import studio as studio_module
 from openjepa.studio.studio import Studio
 from tests.helpers import encoded, refused
 
-TINY = RCDMConfig(size=8, width=8, multipliers=(1, 2), blocks=1, attention=(4,))
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
@@ -39,14 +35,6 @@ def cache(tmp_path_factory):
         patch.setattr(studio_module, "USUAL", 10)
         patch.setattr(studio_module, "STEPS", 2)
         yield
-
-
-@pytest.fixture(scope="module")
-def decoder(trained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("decoded") / "decoder"
-    values = {"data.batch_size": "8", "schedule.epochs": "1", "precision": "fp32"}
-    decoding.train(str(trained), str(folder), out, small(TINY, 1), values, Console(quiet=True))
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from openjepa.data.sources import Folder, open_source
 from openjepa.data.stream import Batch, batches
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig, TokenMasks, sample
-from tests.helpers import command, refused
-from tests.test_sources import steps_of
+from tests.helpers import command, refused, steps_of
 
 
 @pytest.mark.parametrize("status", [0, 7])
