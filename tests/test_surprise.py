@@ -265,14 +265,24 @@ def test_without_truth_scores_are_written_and_it_is_said(monkeypatch, capsys, tm
     assert not out.with_suffix(".json").exists()
 
 
-def test_a_reference_of_other_channels_is_seen_as_the_run_sees_images(monkeypatch, capsys, tmp_path, trained, cache):
-    grey = tmp_path / "grey"
-    grey.mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 255, (30, 44), dtype=np.uint8)
-        Image.fromarray(pixels).save(grey / f"{i}.png")
-    words = ["--reference", str(grey), "--data", str(grey), "--out", str(tmp_path / "s.parquet")]
-    assert command(monkeypatch, capsys, "surprise", str(trained), *words)[0] == 0
+def test_a_grey_reference_is_that_of_its_pixels_in_colour_and_colour_is_unusual_beside_it(
+    monkeypatch, capsys, tmp_path, trained, folder, cache
+):
+    rng = np.random.default_rng(0)
+    for kind in ("L", "RGB"):
+        (tmp_path / kind).mkdir()
+    for i in range(8):
+        grey = Image.fromarray(rng.integers(0, 100, (30, 44), dtype=np.uint8))
+        for kind in ("L", "RGB"):
+            grey.convert(kind).save(tmp_path / kind / f"{i}.png")
+    scores = {}
+    for reference, data in (("L", "L"), ("RGB", "L"), ("L", str(folder / "red"))):
+        out = tmp_path / "s.parquet"
+        words = ["--reference", str(tmp_path / reference), "--data", str(tmp_path / data), "--out", str(out)]
+        assert command(monkeypatch, capsys, "surprise", str(trained), *words)[0] == 0
+        scores[reference, data] = pq.read_table(out)["score"].to_numpy()
+    assert (scores["L", "L"] == scores["RGB", "L"]).all()
+    assert scores["L", str(folder / "red")].min() > scores["L", "L"].max()
 
 
 @pytest.mark.parametrize(
