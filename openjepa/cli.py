@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": training.pretrain,
     "evaluate": scoring.evaluate,
     "finetune": scoring.finetune,
+    "labels": scoring.labels,
     "decode": decoding.decode,
     "import": exchange.import_,
     "export": exchange.export,

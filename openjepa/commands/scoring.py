@@ -1,4 +1,4 @@
-"""The commands that score with labels: evaluate, finetune."""
+"""The commands that score with labels: evaluate, finetune, labels."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ def finetune(args: argparse.Namespace, rest: list[str]) -> None:
     finetune(asked, pairs(rest), Console())
 
 
+def labels(args: argparse.Namespace, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from openjepa.recipes.labels import Asked, labels, rates_in
+
+    names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed", "workers",
+             "labels", "draws", "min_steps")  # fmt: skip
+    asked = Asked(
+        **{name: getattr(args, name) for name in names},
+        share=args.crop,
+        out=Path(args.out),
+        rates=rates_in(args.rates),
+    )
+    labels(asked, pairs(rest), Console())
+
+
 def add(commands: Any) -> None:
     """Their options."""
     p = commands.add_parser(
@@ -77,6 +93,36 @@ def add(commands: Any) -> None:
     p.add_argument("--test", metavar="SPEC", required=True)
     p.add_argument("--task", metavar="NAME", help="which labels, where there are several sets")
     p.add_argument("--out", metavar="DIR", required=True, help="of classifier.safetensors and evaluation.json")
+    how(p)
+
+    p = commands.add_parser(
+        "labels",
+        help="accuracy against the number of labels, beside the same network trained from scratch",
+        epilog="Any value: --finetune.lr 1e-4, --scratch.epochs 20, --linear.epochs 50 (docs/evaluation.md)",
+    )
+    p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
+    p.add_argument("--train", metavar="SPEC", required=True, help="labelled images, of which shares are learned from")
+    p.add_argument("--test", metavar="SPEC", required=True)
+    p.add_argument(
+        "--out", metavar="DIR", required=True, help="of labels.json and labels.png; goes on where it stopped"
+    )
+    p.add_argument(
+        "--labels", default="1%,10%,100%", metavar="SHARES", help="of each class: 1%%,10%%,100%% unless told"
+    )
+    p.add_argument("--draws", type=int, default=3, metavar="N", help="of each share below all: 3 unless told")
+    p.add_argument(
+        "--recipe", default="small", metavar="NAME", help="small (the default, for CPUs), or a recipe of finetune"
+    )
+    p.add_argument(
+        "--min-steps", type=int, default=200, metavar="N", help="of fine-tuning at least, and twice from scratch: 200"
+    )
+    p.add_argument(
+        "--rates",
+        default="1",
+        metavar="FACTORS",
+        help="of the learning rates, such as 0.3,1,3: each share chooses among them on a fifth of its labels",
+    )
+    p.add_argument("--task", metavar="NAME", help="which labels, where there are several sets")
     how(p)
 
 

@@ -108,14 +108,15 @@ def ask_finetune(config: finetune.FinetuneConfig, subject: Subject, task: Task, 
     return [accuracy(predictions, task.labels[1], len(task.classes))]
 
 
-def finetuned(config: finetune.FinetuneConfig, subject: Subject, task: Task, bench: Bench, rows: np.ndarray) -> Tensor:
-    """What an encoder that learned from some of the labels makes of the test set, int64 [m]."""
+def finetuned(config: finetune.FinetuneConfig, subject: Subject, task: Task, bench: Bench, rows: np.ndarray,
+              images: Images | None = None, say: Callable[[str], None] = lambda line: None) -> Tensor:  # fmt: skip
+    """What an encoder that learned from some of the labels makes of images, the test set unless told. int64 [n]."""
     assert subject.encoder
     labels, _ = task.labels
     model = finetune.finetune(
         config, subject.encoder, bench.train, rows, labels, len(task.classes), bench.view, bench.autocast, bench.seed,
-        bench.workers)  # fmt: skip
-    images = Images(bench.test, np.arange(len(bench.test)), bench.view)
+        bench.workers, say)  # fmt: skip
+    images = images or Images(bench.test, np.arange(len(bench.test)), bench.view)
     return finetune.classify(model, subject.encoder, images, bench.autocast, bench.workers)
 
 

@@ -241,6 +241,28 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def labels_figure(means: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy against the number of labels, a line a learner, bars the deviation over draws: `openjepa labels`."""
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, colour in zip(dict.fromkeys(mean["of"] for mean in means), (BLUE, ORANGE, GREY), strict=False):
+        mine = [mean for mean in means if mean["of"] == name]
+        at, values = [mean["labels"] for mean in mine], [100 * mean["value"] for mean in mine]
+        bars = [100 * (mean["spread"] or 0.0) for mean in mine]
+        axis.errorbar(
+            at, values, bars, color=colour, linewidth=1.8, marker="o", ms=4, elinewidth=1, capsize=3, label=name
+        )
+    axis.set_xscale("log")
+    at = list(dict.fromkeys(mean["labels"] for mean in means))
+    axis.set_xticks(at, [f"{count:,}" for count in at])
+    axis.minorticks_off()
+    axis.set_xlabel("labelled images", fontsize=9)
+    axis.set_ylabel("test accuracy, %", fontsize=9)
+    axis.legend(frameon=False, fontsize=8)
+    tidy(axis)
+    return figure
+
+
 # ---------------------------------------------------------------- shared
 
 
