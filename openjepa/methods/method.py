@@ -28,7 +28,12 @@ class Method(nn.Module):
     @classmethod
     def product_name(cls) -> str:
         """The network that training is for: the encoder, or the one that follows it."""
-        return next((slow for slow, fast in cls.follows.items() if fast == "encoder"), "encoder")
+        return cls.encoders()[-1]
+
+    @classmethod
+    def encoders(cls) -> tuple[str, ...]:
+        """The encoder, and what follows it."""
+        return "encoder", *(slow for slow, fast in cls.follows.items() if fast == "encoder")
 
     @property
     def product(self) -> ViT:

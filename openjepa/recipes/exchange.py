@@ -29,6 +29,7 @@ from openjepa.recipes.pretrain import build, saved_data, saved_recipe
 from openjepa.recipes.recipe import Recipe, differences, override, to_yaml
 
 NETWORKS = ("target_encoder", "encoder", "predictor")  # of I-JEPA
+NO_WEIGHTS = ("size", "drop_path", "depth_scaled_init")  # of an encoder: no weight tells them
 
 
 def load(
@@ -149,7 +150,7 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     painter = replace(imported.mae or recipe.mae, normalised=recipe.mae.normalised)  # which has no weights
     if imported.predictor and recipe.predictor.heads == imported.model.n_heads:
         predictor = replace(predictor, heads=recipe.predictor.heads)  # said, not left to the encoder
-    free = {name: getattr(recipe.model, name) for name in ("size", "drop_path", "depth_scaled_init")}  # have no weights
+    free = {name: getattr(recipe.model, name) for name in NO_WEIGHTS}
     if changed := differences(
         replace(recipe, model=replace(imported.model, **free), predictor=predictor, mae=painter), recipe
     ):
@@ -158,8 +159,7 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     notes = []
     weights, alone = imported.weights, len(imported.weights) == 1
     if alone:
-        encoders = ("encoder", *(slow for slow, fast in method.follows.items() if fast == "encoder"))
-        weights = dict.fromkeys(encoders, *weights.values())
+        weights = dict.fromkeys(method.encoders(), *weights.values())
     for network, own in weights.items():
         if not hasattr(method, network):
             raise UserError(f"{source} holds a {network}, which {recipe.method} has no place for")

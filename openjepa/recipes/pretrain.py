@@ -60,7 +60,9 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     recipe = settled(recipe, out, device)
     mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
-    method = build(recipe).to(device)
+    method = build(recipe)
+    said = begun(method, recipe) if recipe.init_from and not checkpoint.checkpoints(out) else ""
+    method.to(device)
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
     parallel.barrier()
@@ -79,6 +81,8 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     if run.resumed:
         checkpoint.restore(run.resumed, method, optimizer)
         console.print(f"going on from step {run.step} of {schedule.steps} in {out}", highlight=False)
+    elif said:
+        console.print(said, highlight=False)
     if run.step >= schedule.steps:
         return method
     steps = Steps(source, recipe.data, METHODS[recipe.method].views(recipe), recipe.seed, mine)
@@ -161,6 +165,13 @@ def build(recipe: Recipe) -> Method:
         return METHODS[recipe.method].build(recipe)
 
 
+def begun(method: Method, recipe: Recipe) -> str:
+    """With the weights that the recipe begins with. Returns what to tell. Raises UserError."""
+    from openjepa.recipes.beginning import begin_with  # which loads runs, and so knows this module
+
+    return begin_with(method, recipe)
+
+
 def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
     """Make the run's folder, or see that it was made by the same recipe from the same images. Raises UserError."""
     if (out / "recipe.yaml").exists():
@@ -201,6 +212,8 @@ def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
     share(recipe.data.batch_size, recipe.optim.accumulate, 0, processes)
     source, _ = opened(recipe, data, out)
     fitting(out, settled(recipe, out, torch.device("cpu")), data, source)
+    if recipe.init_from and not checkpoint.checkpoints(out):
+        begun(build(recipe), recipe)
     refuse_unwritable(out)
 
 

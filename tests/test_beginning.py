@@ -1,0 +1,89 @@
+"""A run that begins with other weights than chance: another run's, or those of a file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from openjepa.errors import UserError
+from openjepa.recipes.beginning import begin_with
+from openjepa.recipes.exchange import export, load_run
+from openjepa.recipes.pretrain import build, pretrain
+from openjepa.recipes.recipe import to_yaml
+from tests.conftest import recipe_of
+from tests.helpers import command, refused, same, weights
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def painted(folder, tmp_path_factory):
+    """A short run of MAE, whose encoder is I-JEPA's."""
+    run = tmp_path_factory.mktemp("painted") / "run"
+    recipe = recipe_of("mae", model=recipe_of("ijepa").model.__dict__ | {"image_size": [32, 32]})
+    pretrain(replace(recipe, schedule=replace(recipe.schedule, epochs=0.6, warmup_epochs=0)), str(folder), run, QUIET)
+    return run
+
+
+def begun(source, recipe):
+    method = build(recipe)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    said = begin_with(method, replace(recipe, init_from=str(source)))
+    return method, before, said
+
+
+def test_both_encoders_begin_with_the_encoder_of_another_method(painted):
+    method, before, said = begun(painted, recipe_of("ijepa"))
+    theirs = load_run(painted).method.encoder.state_dict()
+    assert same(method.encoder.state_dict(), theirs)
+    assert same(method.target_encoder.state_dict(), theirs)
+    assert torch.equal(method.predictor.mask_token, before["predictor.mask_token"])
+    assert said == f"beginning with {painted}: encoder, target_encoder; anew: predictor"
+
+
+def test_all_networks_begin_with_those_of_the_same_method(painted, folder, tmp_path):
+    pretrain(replace(recipe_of("ijepa"), init_from=str(painted)), str(folder), tmp_path / "run", QUIET)
+    method, _, said = begun(tmp_path / "run", replace(recipe_of("ijepa"), seed=7))
+    assert same(method.state_dict(), weights(tmp_path / "run"))
+    assert "anew" not in said
+
+
+def test_a_file_is_a_beginning_as_a_run_is(painted, tmp_path):
+    export(str(painted), "safetensors", tmp_path / "out")
+    of_file, _, _ = begun(tmp_path / "out" / "encoder.safetensors", recipe_of("ijepa"))
+    of_run, _, _ = begun(painted, recipe_of("ijepa"))
+    assert same(of_file.state_dict(), of_run.state_dict())
+
+
+def test_a_run_goes_on_when_its_beginning_is_gone(painted, folder, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(recipe_of("ijepa")))
+    moved = tmp_path / "beginning"
+    painted.rename(moved)
+    words = ("pretrain", "--config", str(recipe), "--data", str(folder), "--out", str(tmp_path / "run"))
+    status, said, _ = command(monkeypatch, capsys, *words, "--init_from", str(moved))
+    assert status == 0
+    assert "encoder, target_encoder; anew: predictor" in " ".join(said.split())
+    moved.rename(painted)
+    status, said, _ = command(monkeypatch, capsys, *words, "--init_from", str(moved))
+    assert status == 0
+    assert "beginning with" not in said
+    assert "init_from" in refused(monkeypatch, capsys, *words)  # without it, it is another recipe
+
+
+@pytest.mark.parametrize("change", [{"width": 32}, {"depth": 3}, {"class_token": True}])
+def test_another_encoder_is_refused_by_what_differs(painted, change):
+    recipe = recipe_of("ijepa")
+    with pytest.raises(UserError, match=f"model.{next(iter(change))}"):
+        begun(painted, replace(recipe, model=replace(recipe.model, **change)))
+
+
+def test_what_is_not_there_is_refused_and_nothing_is_made(folder, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(recipe_of("ijepa")))
+    error = refused(
+        monkeypatch, capsys, "pretrain", "--config", str(recipe), "--data", str(folder), "--out", str(tmp_path / "run"),
+        "--init_from", str(tmp_path / "nothing"))  # fmt: skip
+    assert "nothing" in error
+    assert not (tmp_path / "run").exists()
