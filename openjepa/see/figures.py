@@ -248,7 +248,7 @@ def labels_figure(means: Sequence[dict[str, Any]]) -> Figure:
     for name, colour in zip(dict.fromkeys(mean["of"] for mean in means), (BLUE, ORANGE, GREY), strict=False):
         mine = [mean for mean in means if mean["of"] == name]
         at, values = [mean["labels"] for mean in mine], [100 * mean["value"] for mean in mine]
-        bars = [100 * (mean["spread"] or 0.0) for mean in mine]
+        bars = [np.nan if mean["spread"] is None else 100 * mean["spread"] for mean in mine]  # one draw has none
         axis.errorbar(
             at, values, bars, color=colour, linewidth=1.8, marker="o", ms=4, elinewidth=1, capsize=3, label=name
         )
