@@ -12,16 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from openjepa.errors import UserError
 from openjepa.recipes.embedding import Embedding, embed
+from openjepa.recipes.pretrain import pretrain
 from openjepa.studio import stage
 from openjepa.studio import studio as studio_module
 from openjepa.studio.studio import Studio
+from tests.conftest import recipe_of
 from tests.helpers import encoded, refused
 
+SHORT = {"epochs": 1, "warmup_epochs": 0.5}
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
@@ -62,7 +66,7 @@ def test_the_context_hides_the_block_and_nothing_else(studio):
 
 
 def test_what_is_expected_does_not_depend_on_what_is_hidden_but_its_rank_does(studio):
-    looked = studio.pick(3)
+    looked = next(x for x in map(studio.pick, range(40)) if not (studio.images == x.seen).flatten(1).all(1).any())
     place = studio.place(looked, (1, 2, 2, 3))
     other = looked.seen.clone()
     patch = studio.trained.recipe.model.patch_size
@@ -82,6 +86,35 @@ def test_the_rank_is_first_for_a_prediction_that_comes_true(studio, monkeypatch)
     place = studio.place(looked, (1, 2, 2, 3))
     monkeypatch.setattr(studio.gallery.condition, "of", "block")
     assert studio.gallery.nearest(looked.seen, place.masks(), 1).rank == 1
+
+
+def test_an_image_of_the_gallery_is_not_looked_for_in_itself(studio):
+    looked = next(x for x in map(studio.pick, range(40)) if (studio.images == x.seen).flatten(1).all(1).any())
+    found = studio.gallery.nearest(looked.seen, studio.place(looked, studio.usual()).masks(), 99)
+    assert len(found.places) == found.others == studio_module.GALLERY - 1
+    assert not any(torch.equal(studio.images[i], looked.seen) for i in found.places)
+
+
+@pytest.fixture(scope="module", params=["mae", "ibot"])
+def another_method(request, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """Of a run that predicts no features."""
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    recipe = recipe_of(request.param, monitors={"log_every": 1, "knn_every": 0}, schedule=SHORT)
+    pretrain(recipe, str(folder), run, Console(quiet=True))
+    return Studio(str(run), device="cpu")
+
+
+def test_where_nothing_is_predicted_the_blocks_own_likes_are_shown_and_no_rank_or_surprise(another_method):
+    looked = another_method.pick(3)
+    tiles, text = another_method.expected(looked, another_method.place(looked, another_method.usual()))
+    assert len(tiles) == studio_module.FOUND
+    assert "nothing is predicted here" in text
+    assert "number" not in text
+    assert not another_method.predicts
+    size = looked.shown.shape[:0:-1]
+    assert another_method.colours(looked).size == another_method.like(looked, 0, 0).size == size
+    with pytest.raises(UserError, match="surprise needs a predictor of representations"):
+        another_method.surprise(looked)
 
 
 def test_samples_are_the_decoders_and_another_seed_gives_others(studio):
@@ -387,6 +420,29 @@ def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, a
     page.get_by_text("feature rank").wait_for()
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
     assert not troubles
+
+
+@pytest.mark.slow
+def test_a_browser_sees_a_run_of_another_method_whole(browser, another_method, tmp_path, monkeypatch):
+    from openjepa.studio.serve import launch
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks, address = launch(another_method, "127.0.0.1", free_port())
+    page, troubles = browser.new_page(viewport={"width": 1200, "height": 900}), []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.set_default_timeout(120_000)
+    page.goto(address)
+    page.get_by_text("nothing is predicted here").wait_for()
+    page.locator(".picture img:visible").first.wait_for()
+    assert page.get_by_text("Surprise").is_hidden()
+    image, context = (page.locator(f"{name} img:visible").first.bounding_box() for name in (".stage", ".picture"))
+    assert image["y"] == pytest.approx(context["y"], abs=1)
+    assert image["width"] == pytest.approx(context["width"], abs=1)
+    for tab, count in (("Patches", 3), ("Training", 1)):
+        page.get_by_role("tab", name=tab).click()
+        page.locator(".picture img:visible").nth(count - 1).wait_for()
+    assert not troubles
+    blocks.close(verbose=False)
 
 
 @pytest.mark.slow

@@ -18,11 +18,15 @@ NUMBERS = 2**27  # that the features of a gallery may hold: half a gigabyte
 
 @dataclass(frozen=True)
 class Expected:
-    """places: of the nearest in the gallery, best first; cosines: theirs. rank: of the block itself among all, 1 is the nearest."""
+    """places: of the nearest in the gallery, best first; cosines: theirs. rank: of the block itself among all, 1 is the nearest.
+
+    others: how many images were looked through.
+    """
 
     places: list[int]
     cosines: list[float]
     rank: int
+    others: int
 
 
 class Gallery:
@@ -51,14 +55,18 @@ class Gallery:
 
     @torch.no_grad()
     def nearest(self, image: Tensor, masks: Masks, count: int) -> Expected:
-        """Blocks at the same place, by cosine less what all of the gallery share there. image: uint8 [C, H, W]; masks: of one."""
+        """Blocks at the same place of other images, by cosine less what all of these share there.
+
+        image: uint8 [C, H, W], which may be in the gallery itself; masks: of one.
+        """
         x = self.input(image[None])
         asked = self.condition(x, masks.to(x.device)).cpu()
         block = masks.targets[0, 0]
-        among = self.features[:, block].mean(1)
+        others = (self.images != image).flatten(1).any(1).nonzero()[:, 0]
+        among = self.features[others][:, block].mean(1)
         own = self.seen(image[None])[:, block].mean(1)
         centre = among.mean(0)
-        cosines, places = nearest(asked - centre, among - centre, len(among))
+        cosines, order = nearest(asked - centre, among - centre, len(among))
         true = torch.cosine_similarity(asked - centre, own - centre)
         rank = 1 + int((cosines[0] > true + 1e-6).sum())
-        return Expected(places[0, :count].tolist(), cosines[0, :count].tolist(), rank)
+        return Expected(others[order[0, :count]].tolist(), cosines[0, :count].tolist(), rank, len(others))

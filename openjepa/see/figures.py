@@ -51,8 +51,13 @@ def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
         axis.set_xlabel("step", fontsize=8)
         if key == "loss":
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            losses = [value for _, value in points]
+            if max(losses) < 10 * min(losses):  # perhaps no power of ten between them
+                axis.yaxis.set_minor_formatter("{x:g}")
         else:
-            axis.set_ylim(bottom=min(0.0, *(value for _, value in points)))
+            low, high = min(0.0, *(value for _, value in points)), max(value for _, value in points)
+            axis.set_ylim(low, high + 0.05 * (high - low) or 1.0)  # the line itself whole, too
         tidy(axis)
     return figure
 
@@ -282,7 +287,7 @@ def canvas(rows: int, columns: int, *names: str) -> tuple[Figure, np.ndarray]:
 
 def tidy(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=8, which="both")
     axis.grid(axis="y", color="#e8eaee", linewidth=0.8)
     axis.set_axisbelow(True)
 

@@ -20,12 +20,14 @@ EVERY = 3.0  # seconds between looks at the log
 KEPT = (600, 3600)  # seconds: how often what was uploaded and drawn is looked through, and how old it grows
 STYLE = """
 footer { display: none !important; }
-.gradio-container { max-width: 76rem !important; margin: auto; }
+.gradio-container { width: 100% !important; max-width: 76rem !important; margin: auto; }
 .picture .image-container, .picture .image-frame, .picture img { width: 100%; height: auto; object-fit: contain; }
+.staged .html-container { padding: 0 !important; }
 .curves { max-width: 46rem; }
 .found .grid-wrap { min-height: 0; max-height: none; }
 @media (max-width: 34rem) { .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 .numbers { overflow-x: auto; font-variant-numeric: tabular-nums; }
+.numbers :is(table, th, td) { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .numbers th { text-align: left; font-weight: 400; opacity: .75; padding-right: 1.5rem; white-space: nowrap; }
 """
 
@@ -139,7 +141,7 @@ def build(studio: Studio) -> Any:
                         gr.Markdown("**Drag the block**, or its corner")
                         staged = gr.HTML(
                             stage.value(blank(studio), studio.grid, studio.usual()),
-                            html_template=stage.HTML, css_template=stage.CSS, js_on_load=stage.JS,
+                            html_template=stage.HTML, css_template=stage.CSS, js_on_load=stage.JS, elem_classes="staged",
                         )  # fmt: skip
                     with gr.Column(min_width=220):
                         gr.Markdown("**Context**: what is seen")
@@ -149,19 +151,16 @@ def build(studio: Studio) -> Any:
                         surprise = picture()
                         score = gr.Markdown()
                 expected_text = gr.Markdown()
-                expected = gallery("what is expected there: blocks of other images", FOUND // 2)
+                expected = gallery("blocks of other images", FOUND // 2)
                 with gr.Column(visible=studio.decoder is not None):
+                    gr.Markdown("**What the decoder paints** there")
                     samples = gallery("what the decoder paints there", SAMPLES)
                     seed = gr.Number(0, label="seed of the samples' noise", precision=0, minimum=0)
             with gr.Tab("Patches"):
                 gr.Markdown("**Click a patch** of the image: the map shows what is like it, from 0 to 1 (cosine, less what is "
                             "usual at each place). Colours are the three principal components, the same for all.")  # fmt: skip
                 with gr.Row():
-                    clickable, colours, like = (
-                        picture("image"),
-                        picture("principal components"),
-                        picture("like the patch"),
-                    )
+                    clickable, colours, like = map(titled, ("Image", "Principal components", "Like the patch"))
             with gr.Tab("Search", visible=studio.table is not None):
                 with gr.Row():
                     by_image = gr.Button("images like this one")
@@ -217,14 +216,23 @@ def with_event(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return asked
 
 
-def picture(label: str | None = None) -> Any:
-    return gr.Image(format="png", interactive=False, label=label, show_label=label is not None, buttons=[],
-                    container=label is not None, elem_classes="picture")  # fmt: skip
+def titled(title: str) -> Any:
+    """A picture below its name, which would lie on it as its label, and keep clicks from what it covers."""
+    with gr.Column(min_width=220):
+        gr.Markdown(f"**{title}**")
+        return picture()
+
+
+def picture() -> Any:
+    return gr.Image(
+        format="png", interactive=False, show_label=False, buttons=[], container=False, elem_classes="picture"
+    )
 
 
 def gallery(label: str, columns: int) -> Any:
     return gr.Gallery(
         label=label,
+        show_label=False,
         columns=columns,
         format="png",
         object_fit="contain",

@@ -152,7 +152,10 @@ class Studio:
         return Gallery(self.trained, self.images)
 
     def expected(self, looked: Looked, place: Place) -> tuple[Captioned, str]:
-        """The blocks of other images that are nearest to the prediction, framed, and how near the block itself is."""
+        """The blocks of other images that are nearest to the prediction, framed, and how near the block itself is.
+
+        Where nothing is predicted, the nearest to the block's own features.
+        """
         found = self.gallery.nearest(looked.seen, place.masks(), FOUND)
         h, w = looked.seen.shape[1:]
         own = Place((0, 0, w, h), self.grid, place.rows, place.columns)
@@ -160,13 +163,11 @@ class Studio:
             (draw(Cell(self.gallery.images[i], own.box)), f"{c:.2f}")
             for i, c in zip(found.places, found.cosines, strict=True)
         ]
-        asked = (
-            "prediction" if self.gallery.of == "prediction" else "block's own features, as nothing is predicted here"
-        )
-        n = len(self.gallery.images)
+        where = f"among the same place of {found.others} other images, by cosine"
+        if self.gallery.of == "block":
+            return tiles, f"Nearest to the block's own features, as nothing is predicted here, {where}."
         return tiles, (
-            f"Nearest to the {asked}, among the same place of {n} images, by cosine. What is really there would be number "
-            f"{found.rank} of {n + 1}."
+            f"Nearest to the prediction, {where}. What is really there would be number {found.rank} of {found.others + 1}."
         )
 
     def samples(self, looked: Looked, place: Place, seed: int) -> Captioned:
