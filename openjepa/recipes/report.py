@@ -15,6 +15,7 @@ from torch import Tensor
 from openjepa.data.sources import Source, open_source
 from openjepa.decoder.paint import Sampling
 from openjepa.engine import checkpoint
+from openjepa.engine.device import pick_device
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate import answers, suite
@@ -31,7 +32,7 @@ from openjepa.see import figures, pictures
 from openjepa.see.report import Section, code, facts, html_table, write_report
 
 SHOWN = 8  # images in a row
-SEARCHED = 1500  # images that neighbours are looked for in
+SEARCHED = 500  # images that neighbours are looked for in
 USUAL = 100  # images that tell what surprise is usual
 PAINTED, SAMPLES = 4, 4  # images that a decoder is shown, and samples of each
 SAMPLING = Sampling(sampler="ddim", steps=25)
@@ -47,6 +48,9 @@ def report(run: Path, decoder: Path | None = None) -> Path:
     recipe, data = saved_recipe(run), saved_data(run)
     refuse_decoder(recipe, str(run))
     trained, refusal = attempted(lambda: load_run(run))
+    if trained:
+        for module in (trained.method, trained.normalise):
+            module.to(pick_device("auto"))
     source, gone = attempted(lambda: open_source(data["data"], recipe.model.image_size))
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed) if source else None
     metrics = read_metrics(run)

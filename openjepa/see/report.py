@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -118,15 +120,16 @@ def drawn(figure: Figure | Image.Image, dpi: int = 150) -> Image.Image:
     """A figure as pixels."""
     if isinstance(figure, Image.Image):
         return figure
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return Image.open(buffer).convert("RGB")
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def encoded(image: Image.Image) -> tuple[str, bytes]:
     """As PNG; photographs, which that makes large, as WebP."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     if buffer.tell() <= LARGE:
         return "png", buffer.getvalue()
     smaller = io.BytesIO()
