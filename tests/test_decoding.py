@@ -26,6 +26,7 @@ from openjepa.recipes.decoding import Decoder, check, load_decoder, show, train
 from openjepa.recipes.exchange import load_run
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import saved_recipe
+from openjepa.see.sheet import Cell, draw, sheet
 from tests.conftest import recipe_of
 from tests.helpers import PAINTER, PAINTS, command, encoded, refused, same
 from tests.test_parallel import ENVIRONMENT, launch
@@ -146,6 +147,17 @@ def test_an_image_is_completed_at_its_own_size(trained, decoder, monkeypatch, ca
     differs = (made != np.asarray(Image.open(picture))).any(-1)
     differs[16:64, 16:80] = False
     assert not differs.any()
+
+
+@pytest.mark.parametrize("side", [60, 128, 1500])
+def test_a_sheets_heads_are_a_twentieth_of_its_images_and_12_pixels_at_least(side):
+    cell = Cell(torch.zeros(3, side, side, dtype=torch.uint8))
+    found = np.asarray(sheet([[cell, cell]], ["given", "hypothesis 0"]).convert("L")).astype(int)
+    image = draw(cell).height
+    above = found.shape[0] - image - max(12, image // 20) // 2  # the gap below
+    written = np.flatnonzero((found[:above] < 200).any(1))
+    assert 0.6 <= (written[-1] - written[0] + 1) / max(12, image // 20) <= 1.2
+    assert written[-1] < above - 1  # and none of it on an image
 
 
 def test_faithfulness_is_told_with_controls_and_intervals(trained, decoder, folder, tmp_path):

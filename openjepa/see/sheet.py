@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST = 128  # pixels a side that an image is magnified to, about
-GAP, HEAD = 6, 18  # pixels between cells, and of the line above
+LETTERS = 12  # pixels that the line above is high at least, and a twentieth of the cells: read where all of a large sheet is shown
 GREEN = (0, 170, 80)
 
 
@@ -27,20 +27,22 @@ def sheet(rows: Sequence[Sequence[Cell]], heads: Sequence[str]) -> Image.Image:
     drawn = [[draw(cell) for cell in row] for row in rows]
     columns = [max(row[i].width for row in drawn if i < len(row)) for i in range(max(map(len, drawn)))]
     heights = [max(image.height for image in row) for row in drawn]
-    size = (sum(columns) + GAP * (len(columns) + 1), HEAD + sum(heights) + GAP * (len(heights) + 1))
+    letters = max(LETTERS, max(heights) // 20)
+    gap, above = letters // 2, letters * 3 // 2
+    size = (sum(columns) + gap * (len(columns) + 1), above + sum(heights) + gap * (len(heights) + 1))
     result = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(result), ImageFont.load_default(12)
-    x = GAP
+    pen, font = ImageDraw.Draw(result), ImageFont.load_default(letters)
+    x = gap
     for width, head in zip(columns, heads, strict=False):
-        pen.text((x, 4), head, fill=(70, 74, 82), font=font)
-        x += width + GAP
-    y = HEAD + GAP
+        pen.text((x, letters // 3), head, fill=(70, 74, 82), font=font)
+        x += width + gap
+    y = above + gap
     for row, height in zip(drawn, heights, strict=True):
-        x = GAP
+        x = gap
         for image, width in zip(row, columns, strict=False):
             result.paste(image, (x, y))
-            x += width + GAP
-        y += height + GAP
+            x += width + gap
+        y += height + gap
     return result
 
 
