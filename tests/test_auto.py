@@ -40,8 +40,12 @@ def test_it_looks_at_the_images(folder, swift):
 
 def test_it_fills_the_time(folder, swift):
     recipe = auto.choose(str(folder), "60s", "cpu").recipe
-    steps = recipe.schedule.epochs * (49 // recipe.data.batch_size)
-    assert steps * recipe.data.batch_size == pytest.approx(60 * 320, rel=0.01)
+    before = recipe.before()
+    assert before is not None
+    assert (before.method, before.model, before.data) == ("mae", recipe.model, recipe.data)
+    epochs = before.schedule.epochs, recipe.schedule.epochs
+    assert sum(epochs) * (49 // recipe.data.batch_size) * recipe.data.batch_size == pytest.approx(60 * 320, rel=0.01)
+    assert epochs[0] / sum(epochs) == pytest.approx(auto.PAINTED, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +65,9 @@ def test_larger_images_on_a_gpu_are_seen_larger(monkeypatch, swift):
 
 
 def test_too_little_time_is_said(folder, swift):
-    (why,) = (why for what, why in auto.choose(str(folder), "10s", "cpu").reasons if "steps" in what)
+    (why,) = (why for what, why in auto.choose(str(folder), "10s", "cpu").reasons if " steps, " in what)
     assert "give it more time" in why
-    (why,) = (why for what, why in auto.choose(str(folder), "1h", "cpu").reasons if "steps" in what)
+    (why,) = (why for what, why in auto.choose(str(folder), "1h", "cpu").reasons if " steps, " in what)
     assert "give it more time" not in why
 
 
@@ -90,6 +94,7 @@ def test_a_run_of_it_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, t
     status, out, _ = command(monkeypatch, capsys, *words)
     assert status == 0
     assert "images/s here" in out
+    assert saved_recipe(tmp_path / "run" / "first").method == "mae"
     chosen = saved_recipe(tmp_path / "run")
     status, out, _ = command(monkeypatch, capsys, *words)
     assert status == 0

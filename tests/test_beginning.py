@@ -1,4 +1,4 @@
-"""A run that begins with other weights than chance: another run's, or those of a file."""
+"""A run that begins with other weights than chance: another run's, those of a file, or those of a run of its own before it."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from rich.console import Console
 from openjepa.errors import UserError
 from openjepa.recipes.beginning import begin_with
 from openjepa.recipes.exchange import export, load_run
-from openjepa.recipes.pretrain import build, pretrain
-from openjepa.recipes.recipe import to_yaml
+from openjepa.recipes.pretrain import build, pretrain, random_encoder
+from openjepa.recipes.recipe import Recipe, differences, from_dict, from_yaml, override, to_yaml
 from tests.conftest import recipe_of
 from tests.helpers import command, refused, same, weights
 
@@ -29,7 +29,7 @@ def painted(folder, tmp_path_factory):
 def begun(source, recipe):
     method = build(recipe)
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    said = begin_with(method, replace(recipe, init_from=str(source)))
+    said = begin_with(method, recipe, str(source))
     return method, before, said
 
 
@@ -87,3 +87,81 @@ def test_what_is_not_there_is_refused_and_nothing_is_made(folder, tmp_path, monk
         "--init_from", str(tmp_path / "nothing"))  # fmt: skip
     assert "nothing" in error
     assert not (tmp_path / "run").exists()
+
+
+FIRST = {"method": "mae", "model": {"class_token": False}, "schedule": {"epochs": 0.6, "warmup_epochs": 0},
+         "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A recipe with a run before it, as a file."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe_of("ijepa", first=FIRST)))
+    return file
+
+
+def test_a_run_of_its_own_comes_first_by_one_command(config, folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    words = ("pretrain", "--config", str(config), "--data", str(folder), "--out", str(out))
+    status, said, _ = command(monkeypatch, capsys, *words)
+    assert status == 0
+    assert "first: encoder, target_encoder; anew: predictor" in " ".join(said.split()).replace(f"{out}/", "")
+    before, after = load_run(out / "first"), load_run(out)
+    assert (before.recipe.method, before.step, after.recipe.method, after.step) == ("mae", 3, "ijepa", 10)
+    assert before.recipe.model == after.recipe.model
+    assert command(monkeypatch, capsys, *words)[0] == 0  # and there is nothing left to do
+
+
+def test_a_stop_in_the_first_run_changes_nothing(config, folder, tmp_path):
+    recipe = from_dict(Recipe, from_yaml(config.read_text()))
+    pretrain(recipe, str(folder), tmp_path / "whole", QUIET)
+    before = recipe.before()
+    assert before is not None
+    pretrain(before, str(folder), tmp_path / "stopped" / "first", QUIET)  # as after a stop at its end
+    pretrain(recipe, str(folder), tmp_path / "stopped", QUIET)
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_values_of_the_first_run_are_set_like_others(config):
+    recipe = from_dict(Recipe, from_yaml(config.read_text()))
+    changed = override(recipe, {"first.schedule.epochs": "0.4"})
+    before = changed.before()
+    assert before is not None
+    assert (before.schedule.epochs, before.schedule.warmup_epochs) == (0.4, 0)  # what stands beside it stays
+    assert differences(recipe, changed) == ["first.schedule.epochs: 0.6 -> 0.4"]
+
+
+def test_random_weights_beside_it_are_those_of_the_first_run():
+    recipe = recipe_of("ijepa", first=FIRST)
+    before = recipe.before()
+    assert before is not None
+    assert same(random_encoder(recipe).vit.state_dict(), build(before).product.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"first.optm.lr": "1"}, "'first.optim"),
+        ({"first.method": "maa"}, "did you mean 'mae'"),
+        ({"first.schedule.epochs": "-1"}, "above 0"),
+        ({"init_from": "elsewhere"}, "leave one out"),
+        ({"first.first.method": "mae"}, "one run"),
+    ],
+)
+def test_mistakes_in_the_first_run_are_named(values, says):
+    with pytest.raises(UserError, match=says):
+        override(recipe_of("ijepa", first=FIRST), values)
+
+
+def test_a_first_run_with_another_encoder_is_refused_before_it_trains(folder, tmp_path):
+    recipe = recipe_of("ijepa", first={**FIRST, "model": {"class_token": False, "depth": 1}})
+    with pytest.raises(UserError, match=r"model\.depth"):
+        pretrain(recipe, str(folder), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_refuses_what_another_run_paid_for(monkeypatch, capsys):
+    assert "time would not count" in refused(
+        monkeypatch, capsys, "bench", "compare", "--methods", "ijepa_cifar10_cpu", "--budget", "1s"
+    )

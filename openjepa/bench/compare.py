@@ -60,13 +60,16 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
     found = []
     for word in words:
         name, *changes = word.split(":")
-        known = f"{name}_cifar10_cpu" if name in METHODS else name
+        known = {"ijepa": "ijepa_cifar10_alone_cpu"}.get(name, f"{name}_cifar10_cpu" if name in METHODS else name)
         if known not in RECIPES:
             raise UserError(f"--methods {name}: a method or a recipe{nearest(name, [*METHODS, *RECIPES])}")
         if wrong := [c for c in changes if "=" not in c]:
             raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
         own = dict(change.split("=", 1) for change in changes)
-        found.append(Contestant(word, override(RECIPES[known](), {**values, **own})))
+        recipe = override(RECIPES[known](), {**values, **own})
+        if recipe.before():
+            raise UserError(f"--methods {word}: it begins with another run, whose time would not count")
+        found.append(Contestant(word, recipe))
     if len(set(words)) < len(words) or not words:
         raise UserError("--methods: name each once")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,24 +13,22 @@ from openjepa.errors import UserError
 from openjepa.methods.method import Method
 from openjepa.models.vit import ViTConfig
 from openjepa.models.weights import load_strict
-from openjepa.recipes.exchange import NO_WEIGHTS, is_run, load_run
-from openjepa.recipes.recipe import Recipe, differences
+from openjepa.recipes.exchange import is_run, load_run
+from openjepa.recipes.recipe import Recipe, differing_encoders
 
 
-def begin_with(method: Method, recipe: Recipe) -> str:
-    """Give a new run's networks the weights that `init_from` names. Returns what to tell. Raises UserError.
+def begin_with(method: Method, recipe: Recipe, source: str) -> str:
+    """Give a new run's networks the weights of a source. Returns what to tell. Raises UserError.
 
     Of a run or a file of the same method all networks; of any other its encoder, the target encoder where there is one,
     which then is also what follows the encoder. Step, schedule and optimiser begin anew.
     """
-    source = str(recipe.init_from)
     model, theirs = networks_of(source, recipe)
-    free = {name: getattr(recipe.model, name) for name in NO_WEIGHTS}
-    if changed := differences(replace(recipe, model=replace(model, **free)), recipe):
-        raise UserError(f"init_from: {source} is not of this recipe (its own -> the recipe's: {'; '.join(changed)})")
+    if changed := differing_encoders(model, recipe.model):
+        raise UserError(f"{source} is not of this recipe (its own -> the recipe's: {'; '.join(changed)})")
     mine = dict(method.named_children())
     if "encoder" not in mine:
-        raise UserError(f"init_from: {recipe.method} trains no encoder that could begin with {source}'s")
+        raise UserError(f"{recipe.method} trains no encoder that could begin with that of {source}")
     if len(theirs) == 1 or not theirs.keys() <= mine.keys():
         alone = theirs.get("target_encoder") or theirs.get("encoder") or next(iter(theirs.values()))
         theirs = dict.fromkeys(method.encoders(), alone)

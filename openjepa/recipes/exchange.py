@@ -26,10 +26,9 @@ from openjepa.models.vit import ViT
 from openjepa.models.weights import load_strict
 from openjepa.recipes.methods import METHODS, starting
 from openjepa.recipes.pretrain import build, saved_data, saved_recipe
-from openjepa.recipes.recipe import Recipe, differences, override, to_yaml
+from openjepa.recipes.recipe import NO_WEIGHTS, Recipe, differences, override, to_yaml
 
 NETWORKS = ("target_encoder", "encoder", "predictor")  # of I-JEPA
-NO_WEIGHTS = ("size", "drop_path", "depth_scaled_init")  # of an encoder: no weight tells them
 
 
 def load(

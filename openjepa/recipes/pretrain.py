@@ -38,7 +38,14 @@ from openjepa.recipes.recipe import Recipe, differences, from_dict, from_yaml, t
 from openjepa.recipes.replay import dump
 from openjepa.rng import key
 
-BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm")  # what a start that was killed at once leaves
+FIRST = "first"  # the run that comes first, inside of the one that begins with it
+BEGINNINGS = (
+    "data.json",
+    "data.json.part",
+    "recipe.yaml.part",
+    "slurm",
+    FIRST,
+)  # what a start that was killed at once leaves
 
 
 def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> Method:
@@ -47,8 +54,12 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     console: where progress is printed. Raises UserError for another recipe or other data in `out`, and Interrupted after a
     signal.
     """
+    out, console = Path(out), console or Console()
     with joined() as roll, limited(recipe.machine.read_mb_s):
-        return pretrain_together(recipe, data, Path(out), console or Console(), roll)
+        if (before := recipe.before()) and not checkpoint.checkpoints(out):
+            check(recipe, data, out, parallel.world_size())  # now, not when the first has run
+            pretrain_together(before, data, out / FIRST, console, roll)
+        return pretrain_together(recipe, data, out, console, roll)
 
 
 def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, roll: Roll | None) -> Method:
@@ -61,7 +72,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
     method = build(recipe)
-    said = begun(method, recipe) if recipe.init_from and not checkpoint.checkpoints(out) else ""
+    said = "" if checkpoint.checkpoints(out) else begun(method, recipe, out)
     method.to(device)
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
@@ -165,11 +176,12 @@ def build(recipe: Recipe) -> Method:
         return METHODS[recipe.method].build(recipe)
 
 
-def begun(method: Method, recipe: Recipe) -> str:
-    """With the weights that the recipe begins with. Returns what to tell. Raises UserError."""
+def begun(method: Method, recipe: Recipe, out: Path) -> str:
+    """With the weights that a new run begins with, where it is not chance. Returns what to tell. Raises UserError."""
     from openjepa.recipes.beginning import begin_with  # which loads runs, and so knows this module
 
-    return begin_with(method, recipe)
+    source = str(out / FIRST) if recipe.first else recipe.init_from
+    return begin_with(method, recipe, source) if source else ""
 
 
 def prepare(out: Path, recipe: Recipe, data: str, source: Source) -> None:
@@ -213,7 +225,7 @@ def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
     source, _ = opened(recipe, data, out)
     fitting(out, settled(recipe, out, torch.device("cpu")), data, source)
     if recipe.init_from and not checkpoint.checkpoints(out):
-        begun(build(recipe), recipe)
+        begun(build(recipe), recipe, out)
     refuse_unwritable(out)
 
 
@@ -241,8 +253,8 @@ def saved_data(run: Path) -> dict[str, Any]:
 
 
 def random_encoder(recipe: Recipe) -> Encoder:
-    """The control: the same network with the weights it started from."""
-    vit = build(recipe).product
+    """The control: the same network with the random weights that all began with, those of the first run where there is one."""
+    vit = build(recipe.before() or recipe).product
     return Encoder(vit.eval(), Normalise(recipe.data.mean, recipe.data.std), "random weights").eval()
 
 

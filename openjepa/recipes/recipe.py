@@ -42,6 +42,9 @@ class Recipe:
     method: str = "ijepa"  # or mae, ibot, rcdm: see recipes/methods.py
     seed: int = 0
     init_from: str | None = None  # a run, or weights that can be imported, that a new run's networks begin with
+    first: dict[str, Any] = field(
+        default_factory=dict
+    )  # or a run of its own, in RUN/first: its values, over those of this one
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
@@ -77,6 +80,16 @@ class Recipe:
                 f"method '{self.method}' is unknown: one of {', '.join(METHODS)}{nearest(self.method, METHODS)}"
             )
         METHODS[self.method].check(self)
+        if self.first and self.init_from:
+            raise UserError("first and init_from both say what a run begins with: leave one out")
+        if (before := self.before()) and (changed := differing_encoders(before.model, self.model)):
+            raise UserError(f"first has another encoder, which this one cannot begin with ({'; '.join(changed)})")
+
+    def before(self) -> Recipe | None:
+        """The run that comes first, with whose encoder this one begins. Raises UserError for values that cannot be."""
+        if "first" in self.first:
+            raise UserError("first.first: one run can come before another, no more")
+        return from_dict(Recipe, self.first, "first", replace(self, first={}, init_from=None)) if self.first else None
 
     def others(self) -> set[str]:
         """The parts that belong to other methods."""
@@ -144,7 +157,9 @@ def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None)
         if name not in known:
             raise UserError(f"unknown key '{where}'{suggest(str(name), where, known, path)}")
         hint = hints[name]
-        if is_dataclass(hint):
+        if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+            result[name] = merged(getattr(base, name, {}), value)
+        elif is_dataclass(hint):
             result[name] = from_dict(typing.cast(type, hint), value, where, getattr(base, name, None))
         else:
             result[name] = convert(hint, value, where)
@@ -153,6 +168,15 @@ def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None)
         if isinstance(base, ViTConfig) and "size" in values:  # a size brings its own width, depth, heads
             result |= {n: values.get(n) for n in ("width", "depth", "heads", "mlp_ratio")}
     return kind(**result)
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values over others."""
+    both = {
+        k: merged(old[k], v) if isinstance(v, Mapping) and isinstance(old.get(k), Mapping) else v
+        for k, v in new.items()
+    }
+    return {**old, **both}
 
 
 def of_method(values: Mapping[str, Any], base: Recipe | None) -> Recipe | None:
@@ -268,10 +292,20 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
 
 
+NO_WEIGHTS = ("size", "drop_path", "depth_scaled_init")  # values of an encoder that no weight tells
+
+
+def differing_encoders(old: ViTConfig, new: ViTConfig) -> list[str]:
+    """The fields by which the weights of one's encoder are none of the other's, as `model.depth: 6 -> 12`."""
+    a, b = (flat({"model": asdict(model)}) for model in (old, new))
+    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and k.rpartition(".")[2] not in NO_WEIGHTS]
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields that would change the result of a run, as `optim.lr: 0.001 -> 0.0005`."""
     if old.method != new.method:
         return [f"method: {old.method} -> {new.method}"]
     a, b = flat(asdict(old)), flat(asdict(new))
     skipped = (*CHANGES_NO_RESULT, *(f"{part}." for part in old.others()))
-    return [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(skipped)]
+    changed = [k for k in {**a, **b} if a.get(k) != b.get(k) and not k.startswith(skipped)]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in changed]
