@@ -110,6 +110,7 @@ def test_a_run_of_its_own_comes_first_by_one_command(config, folder, tmp_path, m
     before, after = load_run(out / "first"), load_run(out)
     assert (before.recipe.method, before.step, after.recipe.method, after.step) == ("mae", 3, "ijepa", 10)
     assert before.recipe.model == after.recipe.model
+    assert "the encoder of run/first, a run of MAE, 0.6 epochs" in (out / "report.html").read_text()
     assert command(monkeypatch, capsys, *words)[0] == 0  # and there is nothing left to do
 
 

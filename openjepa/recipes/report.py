@@ -99,12 +99,24 @@ def missing(title: str, why: str) -> list[Section]:
 # ---------------------------------------------------------------- what the folder says
 
 
+NAMES = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT"}
+
+
 def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Sequence[dict[str, Any]],
                  trained: Trained | None) -> Section:  # fmt: skip
     """Recipe, images, steps, time and machine in a few words."""
     model, last = recipe.model, latest(metrics)
-    name = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT"}.get(recipe.method, recipe.method)
-    rows = [("method", f"{name}, seed {recipe.seed}, {recipe.precision}")]
+    rows = [("method", f"{NAMES.get(recipe.method, recipe.method)}, seed {recipe.seed}, {recipe.precision}")]
+    if before := recipe.before():
+        epochs = f"{before.schedule.epochs:g} epochs"
+        rows.append(
+            (
+                "began with",
+                f"the encoder of {run.name}/first, a run of {NAMES.get(before.method, before.method)}, {epochs}",
+            )
+        )
+    elif recipe.init_from:
+        rows.append(("began with", recipe.init_from))
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
     weights = f", {sum(p.numel() for p in trained.method.product.parameters()) / 1e6:.1f} M weights" if trained else ""
     rows.append(("encoder", f"ViT, {size}{weights}, images of {model.image_size[0]}x{model.image_size[1]}"))
