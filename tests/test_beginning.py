@@ -12,7 +12,7 @@ from openjepa.recipes.exchange import export, load_run
 from openjepa.recipes.pretrain import build, pretrain, random_encoder
 from openjepa.recipes.recipe import Recipe, differences, from_dict, from_yaml, override, to_yaml
 from tests.conftest import recipe_of
-from tests.helpers import command, refused, same, weights
+from tests.helpers import command, imported, refused, same, weights
 
 QUIET = Console(quiet=True)
 
@@ -133,6 +133,16 @@ def test_values_of_the_first_run_are_set_like_others(config):
     assert differences(recipe, changed) == ["first.schedule.epochs: 0.6 -> 0.4"]
 
 
+def test_nothing_comes_first_where_it_is_taken_away(config):
+    assert override(from_dict(Recipe, from_yaml(config.read_text())), {"first": "{}"}) == recipe_of("ijepa")
+
+
+def test_imported_weights_take_no_other_beginning_beside_them(painted, tmp_path):
+    export(str(painted), "safetensors", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--first \{\}"):
+        imported(tmp_path / "out" / "encoder.safetensors", tmp_path / "run", recipe_of("ijepa", first=FIRST))
+
+
 def test_random_weights_beside_it_are_those_of_the_first_run():
     recipe = recipe_of("ijepa", first=FIRST)
     before = recipe.before()
@@ -148,6 +158,8 @@ def test_random_weights_beside_it_are_those_of_the_first_run():
         ({"first.schedule.epochs": "-1"}, "above 0"),
         ({"init_from": "elsewhere"}, "leave one out"),
         ({"first.first.method": "mae"}, "one run"),
+        ({"first": "3"}, "first is 3: expected keys and values"),
+        ({"first.model": "3"}, "first.model is 3: expected keys and values"),
     ],
 )
 def test_mistakes_in_the_first_run_are_named(values, says):

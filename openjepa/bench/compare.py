@@ -39,6 +39,7 @@ from openjepa.recipes.named import RECIPES
 from openjepa.recipes.pretrain import pretrain, random_encoder
 from openjepa.recipes.recipe import Recipe, override
 
+ENTERED = {"ijepa": "ijepa_cifar10_alone_cpu", "mae": "mae_cifar10_cpu", "ibot": "ibot_cifar10_cpu"}  # by their method
 LOOKS = "5"  # at each run, unless told
 LABELLED, TESTED = 10_000, 5_000  # most images that a look uses
 K = 20
@@ -60,9 +61,9 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
     found = []
     for word in words:
         name, *changes = word.split(":")
-        known = {"ijepa": "ijepa_cifar10_alone_cpu"}.get(name, f"{name}_cifar10_cpu" if name in METHODS else name)
+        known = ENTERED.get(name, name)
         if known not in RECIPES:
-            raise UserError(f"--methods {name}: a method or a recipe{nearest(name, [*METHODS, *RECIPES])}")
+            raise UserError(f"--methods {name}: a method or a recipe{nearest(name, [*ENTERED, *RECIPES])}")
         if wrong := [c for c in changes if "=" not in c]:
             raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
         own = dict(change.split("=", 1) for change in changes)

@@ -143,6 +143,8 @@ def import_weights(imported: Imported, source: str, out: Path, base: Recipe | No
     """
     refuse_full(out)
     recipe = override(base or around(imported), values or {})
+    if recipe.first or recipe.init_from:
+        raise UserError("the recipe begins with other weights than imported ones: --first {}, or --init_from null")
     if "decoder" in imported.weights and not imported.mae:
         raise UserError(f"{source} does not say how many heads its decoder has: --mae.decoder_heads N")
     predictor = imported.predictor or recipe.predictor

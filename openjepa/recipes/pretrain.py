@@ -39,13 +39,7 @@ from openjepa.recipes.replay import dump
 from openjepa.rng import key
 
 FIRST = "first"  # the run that comes first, inside of the one that begins with it
-BEGINNINGS = (
-    "data.json",
-    "data.json.part",
-    "recipe.yaml.part",
-    "slurm",
-    FIRST,
-)  # what a start that was killed at once leaves
+BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm", FIRST)  # what a start that was killed leaves
 
 
 def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> Method:

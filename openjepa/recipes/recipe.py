@@ -42,9 +42,7 @@ class Recipe:
     method: str = "ijepa"  # or mae, ibot, rcdm: see recipes/methods.py
     seed: int = 0
     init_from: str | None = None  # a run, or weights that can be imported, that a new run's networks begin with
-    first: dict[str, Any] = field(
-        default_factory=dict
-    )  # or a run of its own, in RUN/first: its values, over those of this one
+    first: dict[str, Any] = field(default_factory=dict)  # or a run of its own, in RUN/first: its values over this one's
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
@@ -157,8 +155,10 @@ def from_dict(kind: type[T], values: Any, path: str = "", base: T | None = None)
         if name not in known:
             raise UserError(f"unknown key '{where}'{suggest(str(name), where, known, path)}")
         hint = hints[name]
-        if typing.get_origin(hint) is dict and isinstance(value, Mapping):
-            result[name] = merged(getattr(base, name, {}), value)
+        if typing.get_origin(hint) is dict:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where} is {shown(value)}: expected keys and values")
+            result[name] = merged(getattr(base, name, {}), value) if value else {}
         elif is_dataclass(hint):
             result[name] = from_dict(typing.cast(type, hint), value, where, getattr(base, name, None))
         else:
