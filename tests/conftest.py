@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,9 +16,13 @@ from rich.console import Console
 from openjepa.data import store
 from openjepa.recipes import decoding
 from openjepa.recipes.decoder import small
+from openjepa.recipes.embedding import Embedding, embed
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe, from_dict
 from tests.helpers import PAINTER, PAINTS, make_shards
+
+if TYPE_CHECKING:
+    from openjepa.studio.studio import Studio
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -137,3 +143,45 @@ def decoder(trained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("decoded") / "decoder"
     decoding.train(str(trained), str(folder), out, small(PAINTER, 2), PAINTS, Console(quiet=True))
     return out
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A studio that compares with few images and paints in few steps."""
+    from openjepa.studio import studio as studio_module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(studio_module, "GALLERY", 20)
+        patch.setattr(studio_module, "USUAL", 10)
+        patch.setattr(studio_module, "STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def studio(
+    little: None, trained: Path, folder: Path, decoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Studio:
+    """Of the tiny run, with a decoder and a table of patches."""
+    from openjepa.studio.studio import Studio
+
+    features = tmp_path_factory.mktemp("features") / "patches.parquet"
+    embed(
+        Embedding(run=str(trained), data=str(folder), out=features, pool="patches", device="cpu"), Console(quiet=True)
+    )
+    return Studio(str(trained), str(decoder), str(features), device="cpu")
+
+
+@pytest.fixture(scope="module", params=["mae", "ibot"])
+def another_method(
+    little: None, request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Studio:
+    """Of a run that predicts no features."""
+    from openjepa.studio.studio import Studio
+
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    recipe = recipe_of(
+        request.param, monitors={"log_every": 1, "knn_every": 0}, schedule={"epochs": 1, "warmup_epochs": 0.5}
+    )
+    pretrain(recipe, str(folder), run, Console(quiet=True))
+    return Studio(str(run), device="cpu")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import struct
 import sys
 import tarfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -167,3 +170,19 @@ def annotated(root: Path, sizes: tuple[int, int] = (40, 36)) -> Path:
         Image.fromarray(mask).save(root / "masks" / f"{i}.png")
     (root / "classes.txt").write_text("good\nscratch\nhole\n")
     return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
