@@ -108,13 +108,8 @@ def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Seque
     model, last = recipe.model, latest(metrics)
     rows = [("method", f"{NAMES.get(recipe.method, recipe.method)}, seed {recipe.seed}, {recipe.precision}")]
     if before := recipe.before():
-        epochs = f"{before.schedule.epochs:g} epochs"
-        rows.append(
-            (
-                "began with",
-                f"the encoder of {run.name}/first, a run of {NAMES.get(before.method, before.method)}, {epochs}",
-            )
-        )
+        theirs = f"a run of {NAMES.get(before.method, before.method)}, {before.schedule.epochs:g} epochs"
+        rows.append(("began with", f"the encoder of {run.name}/first, {theirs}"))
     elif recipe.init_from:
         rows.append(("began with", recipe.init_from))
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
