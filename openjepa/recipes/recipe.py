@@ -42,7 +42,8 @@ class Recipe:
     method: str = "ijepa"  # or mae, ibot, rcdm: see recipes/methods.py
     seed: int = 0
     init_from: str | None = None  # a run, or weights that can be imported, that a new run's networks begin with
-    first: dict[str, Any] = field(default_factory=dict)  # or a run of its own, in RUN/first: its values over this one's
+    # or a run of its own, in RUN/first: its values over this one's
+    first: dict[str, Any] = field(default_factory=dict, hash=False)
     precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
