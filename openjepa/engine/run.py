@@ -276,7 +276,8 @@ def cpu_name() -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        return f"{name}, {len(os.sched_getaffinity(0))} cores"
+        cores = len(os.sched_getaffinity(0))
+        return f"{name}, {cores} core{'s' * (cores > 1)}"
     return platform.processor() or platform.machine()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -388,10 +389,11 @@ def plain(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 
 def table_of(result: Faithfulness, title: str) -> Table:
     """A row a condition: the mean over images, and half the width of its 95 % interval."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     metrics = list(result.values[OWN])
-    for name in ("painted from", *(m.replace("_", " ") for m in metrics)):
-        table.add_column(name, justify="left" if name == "painted from" else "right")
+    table.add_column("painted from", no_wrap=True)
+    for words in (metric.split("_") for metric in metrics):
+        table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)))
     for name in result.values:
         known = {a.metric: a for a in result.answers(name)}
         table.add_row(name, *(shown_answer(known.get(metric)) for metric in metrics))

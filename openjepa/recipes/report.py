@@ -113,7 +113,7 @@ def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Seque
     elif recipe.init_from:
         rows.append(("began with", recipe.init_from))
     size = f"{model.dim} wide, {model.n_blocks} deep, {model.n_heads} heads, patches of {model.patch_size}"
-    weights = f", {sum(p.numel() for p in trained.method.product.parameters()) / 1e6:.1f} M weights" if trained else ""
+    weights = f", {counted(sum(p.numel() for p in trained.method.product.parameters()))} weights" if trained else ""
     rows.append(("encoder", f"ViT, {size}{weights}, images of {model.image_size[0]}x{model.image_size[1]}"))
     rows.append(("images", f"{data['images']:,} from {data['data']}, fingerprint {data['fingerprint']}"))
     if last:
@@ -150,6 +150,11 @@ def spoken(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def counted(weights: int) -> str:
+    """2,700,000 to 2.7 M."""
+    return f"{weights / 1e6:.1f} M" if weights >= 1e6 else f"{weights / 1e3:.0f} k"
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> list[Section]:

@@ -49,14 +49,14 @@ def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
         axis.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.6, marker="o" if len(points) < 15 else None, ms=3)
         axis.set_title(title, fontsize=10, color=INK)
         axis.set_xlabel("step", fontsize=8)
-        if key == "loss":
+        values = [value for _, value in points]
+        low, high = min(0.0, *values), max(values)
+        if key == "loss" and high > 1.5 * min(values):
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
-            losses = [value for _, value in points]
-            if max(losses) < 10 * min(losses):  # perhaps no power of ten between them
+            if high < 10 * min(values):  # perhaps no power of ten between them
                 axis.yaxis.set_minor_formatter("{x:g}")
         else:
-            low, high = min(0.0, *(value for _, value in points)), max(value for _, value in points)
             axis.set_ylim(low, high + 0.05 * (high - low) or 1.0)  # the line itself whole, too
         tidy(axis)
     return figure
