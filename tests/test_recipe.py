@@ -45,6 +45,8 @@ def test_recipes_survive_yaml(name):
         ({"data.batch_size": "9", "optim.accumulate": "2"}, "divisible"),
         ({"model.channels": "1"}, "data.mean has 3 numbers"),
         ({"masking.context": "packed", "model.registers": "2"}, "does not go with"),
+        ({"predictor.alone_epochs": "-1"}, "predictor.alone_epochs is -1.0: it must not be negative"),
+        ({"predictor.alone_epochs": "999"}, "predictor.alone_epochs (999) must be shorter than the run"),
         ({"masking.context": "packed", "predictor.context": "shared"}, "does not go with predictor.context"),
         ({"seed": "-1"}, "seed"),
         ({"precision": "fp8"}, "precision is 'fp8'"),

@@ -84,7 +84,7 @@ class IJEPA(Method):
 
     def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.alone_epochs = loss, predictor.alone_epochs
         self.encoder = ViT(model)
         out = model.channels * model.patch_size**2 if loss.target == "pixels" else model.dim
         self.predictor = Predictor(predictor, model, out)
@@ -126,6 +126,12 @@ class IJEPA(Method):
         else:
             pooled = context.mean(1)
         return loss + self.loss.regulariser(self.projector(pooled))
+
+    def before_update(self, epoch: float) -> None:
+        """A predictor made anew would first undo what the encoder began with (of classifiers: Kumar et al., 2022)."""
+        if epoch < self.alone_epochs:
+            for parameter in self.encoder.parameters():
+                parameter.grad = None
 
     def encode_context(self, images: Tensor, masks: Masks, c: int) -> tuple[Tensor, Tensor, Ragged | None]:
         """Encode the visible patches of the c-th context alone. Returns [B, K, D], or [total, D] and its layout."""

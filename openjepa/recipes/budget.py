@@ -48,6 +48,7 @@ def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
     return replace(
         recipe,
         ibot=ibot,
+        predictor=replace(recipe.predictor, alone_epochs=recipe.predictor.alone_epochs * factor),
         schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=recipe.schedule.warmup_epochs * factor),
         monitors=replace(recipe.monitors, log_every=every, knn_every=0),
         machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=steps // every + 1),
