@@ -90,6 +90,18 @@ def test_what_another_sites_page_sends_is_refused(address):
     assert [sent(site) for site in ("cross-site", "same-site", "same-origin")] == [403, 403, 200]
 
 
+def test_neither_a_proxy_nor_a_slow_machine_keeps_it_from_starting(studio, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from openjepa.studio.serve import launch
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+    blocks, _ = launch(studio, "127.0.0.1", free_port())
+    blocks.close(verbose=False)
+    assert os.environ["no_proxy"] == "example.com,127.0.0.1,localhost"
+
+
 def test_an_upload_that_is_too_large_is_cut_off(address):
     """By the server, before anything looks at it."""
     import httpx
