@@ -232,6 +232,21 @@ def test_images_that_are_none_are_refused(trained, decoder, loaded, monkeypatch,
         show(loaded, "bomb", bomb, None, 0, 0)
 
 
+def test_a_place_that_takes_no_png_is_refused_before_anything_is_painted(monkeypatch, capsys, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, told in (
+        ("a.jpg", "of the kind .png"),
+        ("folder.png", "of the kind .png"),
+        ("file/a.png", "cannot write to"),
+    ):
+        words = ("--decoder", "none", "--out", str(tmp_path / out))
+        assert told in refused(monkeypatch, capsys, "decode", "sample", "none", "none.png", *words)
+        assert told in refused(
+            monkeypatch, capsys, "decode", "complete", "none", "none.png", "--box", "0,0,1,1", *words
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

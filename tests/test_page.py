@@ -1,7 +1,11 @@
 """Claims about the studio's page: what a server sends of it, and what a browser shows of it and of a report."""
 
+import asyncio
 import io
+import os
 import shutil
+import signal
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -65,6 +69,39 @@ def test_another_sites_name_that_leads_here_is_refused(address):
     assert got(address, Host="evil.example")[0] == 400
 
 
+def test_nothing_is_fetched_from_elsewhere_for_whoever_asks(address):
+    for path in ("file=https://example.com/a.png", "file=HTTP://example.com/a.png", "proxy=https://a.hf.space/"):
+        assert got(f"{address}/gradio_api/{path}")[0] == 403
+    assert got(f"{address}/gradio_api/runs")[0] == 404
+    from gradio import processing_utils
+
+    with pytest.raises(ValueError, match="only files that were uploaded"):
+        asyncio.run(processing_utils.async_ssrf_protected_download("https://example.com/a.png", "."))
+
+
+def test_what_another_sites_page_sends_is_refused(address):
+    """A form of any site that is open in the same browser can send files here, though not read the answer."""
+    import httpx
+
+    def sent(site: str) -> int:
+        files = {"files": ("a.png", io.BytesIO(b"a"), "image/png")}
+        return httpx.post(f"{address}/gradio_api/upload", files=files, headers={"Sec-Fetch-Site": site}).status_code
+
+    assert [sent(site) for site in ("cross-site", "same-site", "same-origin")] == [403, 403, 200]
+
+
+def test_neither_a_proxy_nor_a_slow_machine_keeps_it_from_starting(studio, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from openjepa.studio.serve import launch
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+    blocks, _ = launch(studio, "127.0.0.1", free_port())
+    blocks.close(verbose=False)
+    assert os.environ["no_proxy"] == "example.com,127.0.0.1,localhost"
+
+
 def test_an_upload_that_is_too_large_is_cut_off(address):
     """By the server, before anything looks at it."""
     import httpx
@@ -102,6 +139,26 @@ def test_curves_are_drawn_again_when_something_was_logged_and_only_then(studio):
     assert isinstance(curves, Image.Image)
     assert "feature rank" in numbers
     assert page.training(when) == (gr.skip(), gr.skip(), gr.skip())
+
+
+def test_what_was_uploaded_goes_when_the_studio_is_ended(monkeypatch):
+    from openjepa.studio import serve
+
+    class Blocks:
+        def close(self, verbose: bool) -> None:
+            (Path(os.environ["GRADIO_TEMP_DIR"]) / "upload.png").write_bytes(b"")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(serve, "launch", lambda studio, host, port: (Blocks(), "http://127.0.0.1:1"))
+    monkeypatch.setattr(threading.Event, "wait", lambda event: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            serve.serve(None, "127.0.0.1", 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
 
 
 # ---------------------------------------------------------------- in a browser

@@ -1,6 +1,7 @@
 """Claims about the studio: its answers are the run's, and bad images and mistakes are told."""
 
 import builtins
+import json
 import shutil
 import socket
 
@@ -196,6 +197,14 @@ def test_what_the_studio_cannot_show_is_told_in_one_line(monkeypatch, capsys, tr
     names = {"tmp": tmp_path, "empty": empty, "run": trained, "decoder": decoder}
     port = [] if "--port" in words else ["--port", str(free_port())]
     assert said in refused(monkeypatch, capsys, "studio", *(word.format(**names) for word in words), *port)
+
+
+def test_a_run_whose_images_are_gone_asks_for_others(trained, folder, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "data.json").write_text(json.dumps(json.loads((run / "data.json").read_text()) | {"data": "gone/images"}))
+    with pytest.raises(UserError, match=r"'gone/images'.*name some: --data SPEC"):
+        Studio(str(run), device="cpu")
+    assert len(Studio(str(run), data=str(folder), device="cpu").source) > 0
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys, trained):

@@ -122,7 +122,7 @@ def test_an_evaluations_worker_hands_on_the_users_mistake_in_one_line(asked, mon
     (tmp_path / "images/red/07.png").write_text("no")
     told = refused(monkeypatch, capsys, *asked[what])
     assert told.startswith("openjepa: unreadable image red/07.png (")
-    assert told.endswith("remove it to evaluate\n")
+    assert told.endswith("leave it out\n")
 
 
 def test_a_process_that_draws_scenes_and_dies_is_named(monkeypatch, tmp_path):

@@ -91,7 +91,7 @@ class Images(Dataset[Tensor]):
         except (BadImage, OSError) as error:
             if self.skip_bad:
                 return torch.zeros(self.view.channels, *self.view.size, dtype=torch.uint8), 0
-            raise UserError(f"unreadable image {self.source.name(index)} ({error}): remove it to evaluate") from error
+            raise UserError(f"unreadable image {self.source.name(index)} ({error}): leave it out") from error
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), content_hash(raw)
 
 

@@ -54,7 +54,7 @@ class Augmented(Dataset[Tensor]):
         try:
             pixels = decode(self.source.read(index), self.choose(i), self.view.size, self.view.channels)
         except (BadImage, OSError) as error:
-            raise UserError(f"unreadable image {self.source.name(index)} ({error}): remove it to evaluate") from error
+            raise UserError(f"unreadable image {self.source.name(index)} ({error}): leave it out") from error
         return torch.from_numpy(np.array(pixels[:, ::-1] if self.flips(i) else pixels)).permute(2, 0, 1)
 
 

@@ -80,7 +80,7 @@ class IJEPA(Method):
     """The context encoder, the predictor, and the target encoder that follows the context encoder."""
 
     follows = {"target_encoder": "encoder"}  # noqa: RUF012
-    task = "The context encoder sees the patches of the middle row; from them the predictor must tell what each block holds."
+    task = "The context encoder sees the patches of the middle row; from them the predictor must tell what the coloured ones hold."
 
     def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from openjepa.decoder.place import Place, Rectangle, paste, snapped
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.engine import checkpoint
 from openjepa.engine.device import pick_device
-from openjepa.engine.whole import write_whole
+from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import Images, View
 from openjepa.evaluate.scores import Answer
@@ -235,6 +235,13 @@ def refuse_none(**counts: int) -> None:
             raise UserError(f"--{name} {count}: give 1 or more")
 
 
+def refuse_no_png(out: Path) -> None:
+    """Raises UserError for a place where no PNG can be written, before anything is painted."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UserError(f"--out {out}: give a file of the kind .png, which holds seeds and boxes beside the picture")
+    refuse_unwritable(out.parent)
+
+
 def read_picture(word: str) -> bytes:
     try:
         return read_file(word)
@@ -246,6 +253,7 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
            box: Rectangle | None, device: str = "auto", each: bool = False) -> list[Path]:  # fmt: skip
     """The paper's figure: a row an image, its context, and samples in their place. Returns the files. Raises UserError."""
     refuse_none(rows=rows, samples=samples)
+    refuse_no_png(out)
     loaded = load_decoder(source, decoder, device)
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
     drawn, shown, painted = figure_of(loaded, found, samples, sampling, box)
@@ -299,6 +307,7 @@ def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, 
              device: str = "auto", each: bool = False) -> list[str]:  # fmt: skip
     """Hypotheses of what is in a box of an image, side by side at its own size. Returns what to tell. Raises UserError."""
     refuse_none(samples=samples)
+    refuse_no_png(out)
     loaded = load_decoder(source, decoder, device)
     if loaded.recipe.rcdm.of != "prediction":
         raise UserError(

@@ -79,9 +79,7 @@ class Studio:
         self.device = pick_device(device)
         self.trained.method.to(self.device)
         self.grid: Grid = self.trained.recipe.model.grid
-        self.source: Source = open_source(
-            data or saved_data(self.trained.run)["data"], self.trained.recipe.model.image_size
-        )
+        self.source: Source = source_of(self.trained, data)
         self.table: Table | None = opened(Path(table)) if table else None
         self.looker = Looker(self.table, run, self.device) if self.table else None
         self.predicts = without_predictor(self.trained) is None
@@ -284,6 +282,17 @@ class Studio:
         numbers = {k: v for k, v in latest(metrics).items() if isinstance(v, (int, float))}
         said = [(k.replace("_", " "), spoken(v) if k == "elapsed_s" else f"{v:.5g}") for k, v in numbers.items()]
         return drawn(figures.curves_figure(metrics)), said
+
+
+def source_of(trained: Trained, data: str | None) -> Source:
+    """The images to choose from. Raises UserError."""
+    size = trained.recipe.model.image_size
+    if data:
+        return open_source(data, size)
+    try:
+        return open_source(saved_data(trained.run)["data"], size)
+    except UserError as error:
+        raise UserError(f"{error}; the run's own images are gone from there, name some: --data SPEC") from error
 
 
 def as_tensor(pixels) -> Tensor:  # type: ignore[no-untyped-def]
