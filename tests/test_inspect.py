@@ -145,7 +145,7 @@ def test_one_command_draws_all_there_is_of_an_image(monkeypatch, capsys, tmp_pat
             assert np.asarray(image.convert("L")).std() > 5
     page = (out / "index.html").read_text()
     assert page.count("<img") == 6
-    assert told["patch"] == [3, 5]
+    assert told["patches"] == [[3, 5]]
     assert [set(entry) for entry in told["surprise"]] == [{"score", "above"}] * 2
     assert told["neighbours"][0][0] == {"path": "red/03.png", "cosine": 1.0}
     assert told["neighbours"][1][0] == {"path": "blue/04.png", "cosine": 1.0}
@@ -157,6 +157,8 @@ def test_images_of_a_source_and_other_sizes_are_looked_at(monkeypatch, capsys, t
     options = [
         "--patch",
         "5,9",
+        "--patch",
+        "0,1",
         "--reference",
         str(folder),
         "--block",
@@ -168,7 +170,12 @@ def test_images_of_a_source_and_other_sizes_are_looked_at(monkeypatch, capsys, t
     ]
     _, told = look(monkeypatch, capsys, trained, tmp_path / "out", "scenes:2", str(wide), *options)
     assert told["images"] == ["scene 0", "scene 1", str(wide)]
-    assert told["patch"] == [5, 9]
+    assert told["patches"] == [[5, 9], [0, 1]]
+    of_two = {f"{what}-{patch}.png" for what in ("attention", "likeness") for patch in ("5-9", "0-1")}
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == PICTURES - {
+        "attention.png",
+        "likeness.png",
+    } | of_two
 
 
 @pytest.mark.parametrize("method", ["mae", "ibot"])

@@ -36,7 +36,7 @@ def inspect(args: argparse.Namespace, rest: list[str]) -> None:
     asked = Looking(
         **{name: getattr(args, name) for name in names},
         out=Path(args.out),
-        patch=whole_numbers("--patch", args.patch, 2),
+        patches=tuple(whole_numbers("--patch", patch, 2) for patch in args.patch),
         block=whole_numbers("--block", args.block, 2),
         share=args.crop,
     )
@@ -86,8 +86,9 @@ def add(commands: Any) -> None:
     p.add_argument("images", metavar="IMAGE", nargs="+", help="files, or a SPEC of a few images")
     p.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
     p.add_argument(
-        "--patch", metavar="ROW,COLUMN", help="whose attention and likeness is drawn, from 0: the middle unless told"
-    )
+        "--patch", metavar="ROW,COLUMN", action="append", default=[],
+        help="whose attention and likeness is drawn, from 0, perhaps several times: the middle unless told",
+    )  # fmt: skip
     p.add_argument("--reference", metavar="SPEC", help="images to compare with: the run's own unless told")
     p.add_argument(
         "--attention-block", type=int, default=-1, metavar="N", help="of the encoder, from 0: the last unless told"

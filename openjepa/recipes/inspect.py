@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Looking:
     run: str
     images: list[str]  # files, or SPECs of a few images
     out: Path
-    patch: Grid | None = None  # row and column; none: the middle
+    patches: tuple[Grid, ...] = ()  # row and column of each; none: the middle
     reference: str | None = None  # none: the images that the run was trained on
     block: Grid | None = None  # of the surprise
     attention_block: int = -1
@@ -104,7 +105,7 @@ def inspect(asked: Looking) -> Found:
     model, source = trained.recipe.model, Files(asked.images, trained.recipe.model.image_size)
     view = view_of(trained, None, asked.share, asked.squash)
     images = looked_at(source, view)
-    patch = chosen_patch(asked.patch, model.grid)
+    patches = chosen_patches(asked.patches, model.grid)
     found = Found()
     reference = reference_of(asked, trained, found)
     encoder = Encoder(trained.method.product, trained.normalise, trained.method.product_name()).to(
@@ -115,7 +116,7 @@ def inspect(asked: Looking) -> Found:
     if reference:
         basis, others, names = sampled(reference, view_of(trained, reference, asked.share, asked.squash))
     names_here = [source.name(i) for i in range(len(source))]
-    found.numbers = {"run": asked.run, "step": trained.step, "images": names_here, "patch": patch}
+    found.numbers = {"run": asked.run, "step": trained.step, "images": names_here, "patches": patches}
 
     masks = (
         METHODS[trained.recipe.method]
@@ -123,7 +124,7 @@ def inspect(asked: Looking) -> Found:
         .masks(trained.recipe.seed, 0, np.arange(len(images)), np.arange(len(images)))
     )
     found.add("masks", "Masks", trained.method.task, pictures.masks_figure(images, masks, model.grid))
-    draw_patches(found, asked, encoder, random_encoder(trained.recipe), images, basis, patch)
+    draw_patches(found, asked, encoder, random_encoder(trained.recipe), images, basis, patches)
     draw_surprise(found, asked, trained, reference, images)
     if others is not None:
         draw_neighbours(found, encoder, images, others, names)
@@ -131,7 +132,8 @@ def inspect(asked: Looking) -> Found:
         for name, section in found.sections.items():
             assert isinstance(section.figure, Figure)
             section.figure.savefig(folder / f"{name}.png", dpi=150)
-        lead = f"{asked.run} at step {trained.step}, patch {patch[0]},{patch[1]} of a grid of {model.grid[0]}x{model.grid[1]}"
+        where = f"patch{'es' * (len(patches) > 1)} {' and '.join(f'{row},{column}' for row, column in patches)}"
+        lead = f"{asked.run} at step {trained.step}, {where} of a grid of {model.grid[0]}x{model.grid[1]}"
         title = f"openjepa inspect: {trained.run.resolve().name}"
         write_report(folder / "index.html", title, lead, [*found.sections.values()])
         write_whole(folder / "inspect.json", json.dumps(found.numbers, indent=1) + "\n")
@@ -147,14 +149,14 @@ def looked_at(source: Source, view: PatchView) -> Tensor:
     return torch.stack([images[i] for i in range(len(images))])
 
 
-def chosen_patch(patch: Grid | None, grid: Grid) -> Grid:
-    """Raises UserError for one outside the grid."""
-    row, column = patch or (grid[0] // 2, grid[1] // 2)
-    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-        raise UserError(
-            f"--patch {row},{column} is outside the grid of {grid[0]}x{grid[1]} patches, which are counted from 0"
-        )
-    return row, column
+def chosen_patches(patches: Sequence[Grid], grid: Grid) -> list[Grid]:
+    """Those asked for, or the middle. Raises UserError for one outside the grid."""
+    for row, column in patches:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise UserError(
+                f"--patch {row},{column} is outside the grid of {grid[0]}x{grid[1]} patches, which are counted from 0"
+            )
+    return list(dict.fromkeys(patches)) or [(grid[0] // 2, grid[1] // 2)]
 
 
 def reference_of(asked: Looking, trained: Trained, found: Found) -> Source | None:
@@ -183,10 +185,9 @@ def sampled(reference: Source, view: PatchView) -> tuple[Tensor, Tensor, list[st
 
 
 def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encoder, images: Tensor, basis: Tensor | None,
-                 patch: Grid) -> None:  # fmt: skip
-    """PCA, attention and likeness of patches."""
+                 patches: Sequence[Grid]) -> None:  # fmt: skip
+    """PCA of all patches, attention and likeness of those chosen."""
     grid = encoder.vit.config.grid
-    place = patch[0] * grid[1] + patch[1]
     of = "the reference's" if basis is not None else "these"
     found.add(
         "pca",
@@ -198,23 +199,25 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
         weights = attention(encoder, images, asked.attention_block)
     except ValueError as error:
         raise UserError(f"--attention-block: {error}") from error
-    found.add(
-        "attention",
-        "What the patch attends to",
-        "The framed patch's attention to all patches in one block of the encoder: the mean of its heads, and heads alone; each "
-        "picture from 0 to its own largest weight.",
-        pictures.attention_figure(images, weights, place, grid),
-    )
     features = seen(encoder, images)
     centre = None if basis is None else seen(encoder, basis).mean(0)
-    maps = torch.stack([likeness(features, i, place, centre) for i in range(len(images))])
-    found.add(
-        "likeness",
-        "What is like the patch",
-        "Cosine of the framed patch's features with all patches of all images, from 0 (pale) to 1 (dark red)"
-        + ("." if centre is None else ", less what the reference has at each place."),
-        pictures.likeness_figure(images, maps, place, grid),
-    )
+    for row, column in patches:
+        place, of_it = row * grid[1] + column, f"-{row}-{column}" if len(patches) > 1 else ""
+        found.add(
+            f"attention{of_it}",
+            "What the patch attends to",
+            "The framed patch's attention to all patches in one block of the encoder: the mean of its heads, and heads alone; "
+            "each picture from 0 to its own largest weight.",
+            pictures.attention_figure(images, weights, place, grid),
+        )
+        maps = torch.stack([likeness(features, i, place, centre) for i in range(len(images))])
+        found.add(
+            f"likeness{of_it}",
+            "What is like the patch",
+            "Cosine of the framed patch's features with all patches of all images, from 0 (pale) to 1 (dark red)"
+            + ("." if centre is None else ", less what the reference has at each place."),
+            pictures.likeness_figure(images, maps, place, grid),
+        )
 
 
 def draw_surprise(found: Found, asked: Looking, trained: Trained, reference: Source | None, images: Tensor) -> None:
