@@ -5,6 +5,8 @@ The first line of each is what `openjepa recipes` shows; the rest says what it c
 
 from __future__ import annotations
 
+from typing import Any
+
 from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import DataConfig
 from openjepa.engine.monitors import MonitorsConfig
@@ -33,7 +35,9 @@ def ijepa_scenes() -> Recipe:
     )
 
 
-PAINTING = {  # a short run of MAE, whose encoder is what small images are best begun with: docs/small-data.md
+PAINTING: dict[
+    str, Any
+] = {  # a short run of MAE, whose encoder is what small images are best begun with: docs/small-data.md
     "method": "mae",
     "model": {"class_token": False},
     "mae": {"decoder_width": 96, "decoder_depth": 3, "decoder_heads": 3},
