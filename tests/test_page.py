@@ -203,6 +203,7 @@ def test_a_browser_drags_uploads_clicks_searches_and_asks_nobody_else(browser, a
     page.locator("input[type=file]").first.set_input_files(file)
     looked = studio.upload(file.read_bytes())
     page.get_by_text(studio.expected(looked, studio.place(looked, (top - 1, left - 1, height, width)))[1]).wait_for()
+    assert page.locator("input[type=number]").first.input_value() == ""  # it has no number
     page.get_by_role("tab", name="Patches").click()
     page.locator(".picture img:visible").nth(2).wait_for()
     asked_of = []

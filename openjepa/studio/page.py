@@ -70,10 +70,11 @@ class Page:
         """A number that follows from the last one, as if drawn."""
         return key(int(number or 0), "another image") % len(self.studio.source)
 
-    def upload(self, raw: bytes | None, staged: Any) -> tuple[Looked, dict[str, Any]]:
+    def upload(self, raw: bytes | None, staged: Any) -> tuple[Looked, dict[str, Any], None]:
+        """The last is the number of the image, which one's own has not."""
         if raw is None:
             raise UserError("nothing came: choose an image file")
-        return self.staged(self.studio.upload(raw), stage.block(staged) or self.studio.usual())
+        return *self.staged(self.studio.upload(raw), stage.block(staged) or self.studio.usual()), None
 
     def place(self, looked: Looked | None, staged: Any) -> Any:
         block = stage.block(staged)
@@ -189,7 +190,7 @@ def build(studio: Studio) -> Any:
         follow(listen(number.submit, page.pick, [number, staged], [looked, staged]))
         drawn = listen(another.click, page.another, number, number)
         follow(listen(drawn.success, page.pick, [number, staged], [looked, staged]))
-        follow(listen(upload.upload, page.upload, [upload, staged], [looked, staged]))
+        follow(listen(upload.upload, page.upload, [upload, staged], [looked, staged, number]))
         dragged = listen(staged.input, page.behind, [looked, staged], [context, expected, expected_text],
                          trigger_mode="always_last", show_progress="minimal")  # fmt: skip
         if studio.decoder:
