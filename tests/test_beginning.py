@@ -160,6 +160,15 @@ def test_imported_weights_take_no_other_beginning_beside_them(painted, tmp_path)
         imported(tmp_path / "out" / "encoder.safetensors", tmp_path / "run", recipe_of("ijepa", first=FIRST))
 
 
+def test_an_imported_encoder_may_wait_for_its_new_predictor(painted, folder, tmp_path):
+    export(str(painted), "safetensors", tmp_path / "out")
+    run = imported(tmp_path / "out" / "encoder.safetensors", tmp_path / "run", recipe_of("ijepa"))
+    first = weights(run)
+    recipe = override(recipe_of("ijepa"), {"predictor.alone_epochs": "0.5", "schedule.epochs": "0.6"})
+    pretrain(recipe, str(folder), run, QUIET)
+    assert not same(weights(run), first)
+
+
 def test_random_weights_beside_it_are_those_of_the_first_run():
     recipe = recipe_of("ijepa", first=FIRST)
     before = recipe.before()
