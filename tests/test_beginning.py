@@ -199,6 +199,7 @@ def test_a_first_run_with_another_encoder_is_no_recipe():
 
 
 def test_a_comparison_refuses_what_another_run_paid_for(monkeypatch, capsys):
-    assert "time would not count" in refused(
-        monkeypatch, capsys, "bench", "compare", "--methods", "ijepa_cifar10_cpu", "--budget", "1s"
+    words = ["--methods", "mae,ijepa:init_from=elsewhere", "--budget", "1s"]
+    assert "begins with elsewhere, whose time would not count" in refused(
+        monkeypatch, capsys, "bench", "compare", *words
     )

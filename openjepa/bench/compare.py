@@ -1,8 +1,9 @@
 """`openjepa bench compare`: methods on the same images, with the same encoder, for the same time (the paper's figures 1 and 5).
 
-Each contestant first shows its pace, then gets as many steps as the budget holds, its schedule stretched over them. It is
-looked at several times on the way; looking does not count. Beside all of them stand random weights and raw pixels. What a
-contestant has shown is kept, so that a comparison that was stopped goes on with the next.
+Each contestant first shows its pace, then gets as many steps as the budget holds, its schedule stretched over them; where a
+run comes first, both share the time as the recipe has it. It is looked at several times on the way; looking does not count.
+Beside all of them stand random weights and raw pixels. What a contestant has shown is kept, so that a comparison that was
+stopped goes on with the next.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
             raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
         own = dict(change.split("=", 1) for change in changes)
         recipe = override(RECIPES[known](), {**values, **own})
-        if recipe.before():
-            raise UserError(f"--methods {word}: it begins with another run, whose time would not count")
+        if recipe.init_from:
+            raise UserError(f"--methods {word}: it begins with {recipe.init_from}, whose time would not count")
         found.append(Contestant(word, recipe))
     if len(set(words)) < len(words) or not words:
         raise UserError("--methods: name each once")
@@ -166,34 +167,56 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
 
 def refuse_late_mistakes(entered: Sequence[Contestant], images: int) -> None:
     """Raises UserError now for what would stop a contestant after the hours of those before it."""
-    for contestant in entered:
-        steps_per_epoch(images, contestant.recipe.data.batch_size)
+    for recipe in (run for contestant in entered for run in runs(contestant.recipe)):
+        steps_per_epoch(images, recipe.data.batch_size)
         with torch.device("meta"):
-            METHODS[contestant.recipe.method].build(contestant.recipe)
+            METHODS[recipe.method].build(recipe)
 
 
 def control(name: str, seed: int, scores: Mapping[str, float]) -> dict[str, object]:
     return {"who": name, "seed": seed, "step": 0, "images": 0, "seconds": 0.0, "images_per_s": 0.0, **scores}
 
 
+def runs(recipe: Recipe) -> list[Recipe]:
+    """What a contestant trains: one run, or the one that comes first and then the one that begins with it."""
+    before = recipe.before()
+    return [before, replace(recipe, first={})] if before else [recipe]
+
+
 def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float, jury: Jury, looks: int) -> Rows:
     """Train one contestant for its time, then look at what it was on the way."""
-    per_epoch = steps_per_epoch(len(source), recipe.data.batch_size)
-    speed = pace(recipe, spec, per_epoch)
+    planned = [(run, steps_per_epoch(len(source), run.data.batch_size)) for run in runs(recipe)]
+    speeds = [pace(run, spec, per_epoch) for run, per_epoch in planned]
+    own = [run.schedule.epochs * len(source) / speed for (run, _), speed in zip(planned, speeds, strict=True)]
+    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
-        steps = max(looks, round(limit * speed / recipe.data.batch_size))
-        every = steps // looks
-        print(f"{name}, seed {recipe.seed}: {speed:.0f} images/s, {every * looks} steps", file=sys.stderr)
-        run = Path(folder) / "run"
-        pretrain(stretched(recipe, every * looks, per_epoch, every), spec, run, Console(quiet=True))
-        seconds = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
-        rows: Rows = []
-        for found in checkpoints(run):
-            scores = jury.encoder(load(found.path), recipe.precision)
-            images = found.step * recipe.data.batch_size
-            rows.append(
-                {"who": name, "seed": recipe.seed, "step": found.step, "images": images, "seconds": seconds[found.step],
-                 "images_per_s": images / seconds[found.step], **scores}
-            )  # fmt: skip
-            print(f"  {seconds[found.step]:.0f} s: {scores}", file=sys.stderr)
-        return rows
+        for k, ((run, per_epoch), speed, seconds) in enumerate(zip(planned, speeds, own, strict=True)):
+            share = seconds / sum(own)  # of the time, as the recipe has it
+            shown = max(1, round(looks * share))
+            every = max(1, round(limit * share * speed / run.data.batch_size / shown))
+            print(
+                f"{name}, seed {run.seed}: {run.method}, {speed:.0f} images/s, {every * shown} steps", file=sys.stderr
+            )
+            begun = replace(run, init_from=str(Path(folder) / f"{k - 1}")) if k else run
+            rows += looks_at(begun, every * shown, per_epoch, every, spec, Path(folder) / f"{k}", jury, rows[-1:])
+    return [{"who": name, "seed": recipe.seed, **row} for row in rows]
+
+
+def looks_at(
+    recipe: Recipe, steps: int, per_epoch: int, every: int, spec: str, run: Path, jury: Jury, last: Rows
+) -> Rows:
+    """Train one run, and score its checkpoints. last: the row that it goes on from, if there is one."""
+    pretrain(stretched(recipe, steps, per_epoch, every), spec, run, Console(quiet=True))
+    elapsed = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
+    done, images, seconds = (last[0][name] for name in ("step", "images", "seconds")) if last else (0, 0, 0.0)
+    rows: Rows = []
+    for found in checkpoints(run):
+        scores = jury.encoder(load(found.path), recipe.precision)
+        row = {
+            "step": done + found.step,
+            "images": images + found.step * recipe.data.batch_size,
+            "seconds": seconds + elapsed[found.step],
+        }
+        rows.append({**row, "images_per_s": row["images"] / row["seconds"], **scores})
+        print(f"  {row['seconds']:.0f} s: {scores}", file=sys.stderr)
+    return rows
