@@ -60,8 +60,18 @@ def test_a_run_that_comes_first_is_paid_for_and_looked_at(monkeypatch, capsys):
     monkeypatch.setattr(budget, "PACE_STEPS", 4)
     monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
     monkeypatch.setattr(bench, "pace", lambda recipe, *_: {"mae": 200.0, "ijepa": 100.0}[recipe.method])
-    values = {"model.depth": "1", "model.width": "24", "model.heads": "2", "data.batch_size": "10", "predictor.depth": "1"}
-    changes = {"schedule.epochs": "2", "first.schedule.epochs": "2", "predictor.alone_epochs": "0.1"}  # so: a third, two
+    values = {
+        "model.depth": "1",
+        "model.width": "24",
+        "model.heads": "2",
+        "data.batch_size": "10",
+        "predictor.depth": "1",
+    }
+    changes = {
+        "schedule.epochs": "2",
+        "first.schedule.epochs": "2",
+        "predictor.alone_epochs": "0.1",
+    }  # so: a third, two
     word = ":".join(["ijepa_cifar10_cpu", *(f"{name}={value}" for name, value in changes.items())])
     rows = bench.compare("scenes:100", None, word, "6s", "0", "3", values)
     looks = [row for row in rows if row["who"] == word]
