@@ -151,7 +151,7 @@ def test_measurements_are_kept_in_one_file_for_a_machine(monkeypatch, capsys, tm
     assert list(found) == ["masks", "data"]
     assert found["data"]["rows"] == [{"way": "ours", "median_s": 0.25}]
     assert found["data"]["command"] == f"openjepa bench data --out {file}"
-    assert "cores" in found["data"]["environment"]["cpu"]
+    assert "core" in found["data"]["environment"]["cpu"]
     assert "--plot goes with bench scaling" in refused(monkeypatch, capsys, "bench", "masks", "--plot", "a.png")
     assert "ends in .png" in refused(monkeypatch, capsys, "bench", "scaling", "--plot", "a.txt")
     monkeypatch.setitem(measure.BENCHES, "masks", None)  # refused before it is measured
