@@ -27,7 +27,8 @@ footer { display: none !important; }
 .found .grid-wrap { min-height: 0; max-height: none; }
 @media (max-width: 34rem) { .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 .numbers { overflow-x: auto; font-variant-numeric: tabular-nums; }
-.numbers :is(table, tr, th, td) { border: 0 !important; box-shadow: none !important; border-bottom: 1px solid var(--border-color-primary) !important; }
+.numbers :is(table, tr, th, td) { border: 0 !important; box-shadow: none !important; }
+.numbers tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .numbers th { text-align: left; font-weight: 400; opacity: .75; padding-right: 1.5rem; white-space: nowrap; }
 """
 
