@@ -402,7 +402,7 @@ def table_of(result: Faithfulness, title: str) -> Table:
     metrics = list(result.values[OWN])
     table.add_column("painted from", no_wrap=True)
     for words in (metric.split("_") for metric in metrics):
-        table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)))
+        table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)), overflow="fold")
     for name in result.values:
         known = {a.metric: a for a in result.answers(name)}
         table.add_row(name, *(shown_answer(known.get(metric)) for metric in metrics))
