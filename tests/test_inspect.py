@@ -171,6 +171,7 @@ def test_images_of_a_source_and_other_sizes_are_looked_at(monkeypatch, capsys, t
     _, told = look(monkeypatch, capsys, trained, tmp_path / "out", "scenes:2", str(wide), *options)
     assert told["images"] == ["scene 0", "scene 1", str(wide)]
     assert told["patches"] == [[5, 9], [0, 1]]
+    assert (tmp_path / "out" / "index.html").read_text().count("What is like the patch 0,1</h2>") == 1
     of_two = {f"{what}-{patch}.png" for what in ("attention", "likeness") for patch in ("5-9", "0-1")}
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == PICTURES - {
         "attention.png",

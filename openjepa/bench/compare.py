@@ -194,19 +194,16 @@ def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float
             share = seconds / sum(own)  # of the time, as the recipe has it
             shown = max(1, round(looks * share))
             every = max(1, round(limit * share * speed / run.data.batch_size / shown))
-            print(
-                f"{name}, seed {run.seed}: {run.method}, {speed:.0f} images/s, {every * shown} steps", file=sys.stderr
-            )
+            steps = every * shown
+            print(f"{name}, seed {run.seed}: {run.method}, {speed:.0f} images/s, {steps} steps", file=sys.stderr)
             begun = replace(run, init_from=str(Path(folder) / f"{k - 1}")) if k else run
-            rows += looks_at(begun, every * shown, per_epoch, every, spec, Path(folder) / f"{k}", jury, rows[-1:])
+            rows += looks_at(stretched(begun, steps, per_epoch, every), spec, Path(folder) / f"{k}", jury, rows[-1:])
     return [{"who": name, "seed": recipe.seed, **row} for row in rows]
 
 
-def looks_at(
-    recipe: Recipe, steps: int, per_epoch: int, every: int, spec: str, run: Path, jury: Jury, last: Rows
-) -> Rows:
+def looks_at(recipe: Recipe, spec: str, run: Path, jury: Jury, last: Rows) -> Rows:
     """Train one run, and score its checkpoints. last: the row that it goes on from, if there is one."""
-    pretrain(stretched(recipe, steps, per_epoch, every), spec, run, Console(quiet=True))
+    pretrain(recipe, spec, run, Console(quiet=True))
     elapsed = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
     done, images, seconds = (last[0][name] for name in ("step", "images", "seconds")) if last else (0, 0, 0.0)
     rows: Rows = []

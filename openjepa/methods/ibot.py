@@ -165,8 +165,7 @@ class IBOT(Method):
 
     def before_update(self, epoch: float) -> None:
         if epoch < self.config.freeze_last_layer:
-            for parameter in self.head.last.parameters():
-                parameter.grad = None
+            self.rest(self.head.last)
 
     @torch.no_grad()
     def after_step(self, momentum: float, learned: float | Tensor = 1.0, means: Tensor | None = None) -> None:

@@ -130,8 +130,7 @@ class IJEPA(Method):
     def before_update(self, epoch: float) -> None:
         """A predictor made anew would first undo what the encoder began with (of classifiers: Kumar et al., 2022)."""
         if epoch < self.alone_epochs:
-            for parameter in self.encoder.parameters():
-                parameter.grad = None
+            self.rest(self.encoder)
 
     def encode_context(self, images: Tensor, masks: Masks, c: int) -> tuple[Tensor, Tensor, Ragged | None]:
         """Encode the visible patches of the c-th context alone. Returns [B, K, D], or [total, D] and its layout."""

@@ -81,11 +81,11 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
     first = epochs_in(PAINTED * seconds, painted, batch, per_epoch)
     epochs = epochs_in((1 - PAINTED) * seconds, speed, batch, per_epoch)
     steps = round(epochs * per_epoch)
-    ema = momenta(steps)
+    ema, alone = momenta(steps), min(ALONE, steps // 10)
     recipe = replace(
         begun,
         first=painting(predictor, rate, first),
-        predictor=replace(predictor, alone_epochs=round(min(ALONE, steps / 10) / per_epoch, 4)),
+        predictor=replace(predictor, alone_epochs=round(alone / per_epoch, 4)),
         schedule=replace(begun.schedule, epochs=epochs, warmup_epochs=round(0.06 * epochs, 3), ema=ema),
         monitors=MonitorsConfig(log_every=max(1, steps // 50)),
     )
@@ -100,7 +100,7 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
         (f"first {first:.2g} epochs of painting hidden patches (MAE)", f"{PAINTED:.0%} of {budget} at {painted:.0f} images/s: "
          "pixels teach much at once, and features of a network that knows nothing do not"),
         (f"then {steps} steps, {epochs:.2g} epochs of {len(source)} images", f"the rest at {speed:.0f} images/s here{enough}"),
-        (f"the predictor alone for {min(ALONE, steps // 10)} of them", "it begins from chance, and would undo what was learned"),
+        (f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned"),
         (f"a learning rate of {rate:g}", "as this size was seen to learn" if kind == "cpu" else "no other was tried"),
         ("three quarters of the patches hidden", "so a grid this small learns at least as well, in less time than by blocks")
         if grid <= SMALL

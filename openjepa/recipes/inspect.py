@@ -202,10 +202,11 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
     features = seen(encoder, images)
     centre = None if basis is None else seen(encoder, basis).mean(0)
     for row, column in patches:
-        place, of_it = row * grid[1] + column, f"-{row}-{column}" if len(patches) > 1 else ""
+        place, several = row * grid[1] + column, len(patches) > 1
+        of_it, which = (f"-{row}-{column}", f" {row},{column}") if several else ("", "")
         found.add(
             f"attention{of_it}",
-            "What the patch attends to",
+            f"What the patch{which} attends to",
             "The framed patch's attention to all patches in one block of the encoder: the mean of its heads, and heads alone; "
             "each picture from 0 to its own largest weight.",
             pictures.attention_figure(images, weights, place, grid),
@@ -213,7 +214,7 @@ def draw_patches(found: Found, asked: Looking, encoder: Encoder, control: Encode
         maps = torch.stack([likeness(features, i, place, centre) for i in range(len(images))])
         found.add(
             f"likeness{of_it}",
-            "What is like the patch",
+            f"What is like the patch{which}",
             "Cosine of the framed patch's features with all patches of all images, from 0 (pale) to 1 (dark red)"
             + ("." if centre is None else ", less what the reference has at each place."),
             pictures.likeness_figure(images, maps, place, grid),
