@@ -149,6 +149,31 @@ def test_an_image_is_completed_at_its_own_size(trained, decoder, monkeypatch, ca
     assert not differs.any()
 
 
+def test_a_photograph_is_completed_whole_and_its_sheet_is_no_wider_than_a_screen_or_two(
+    trained, decoder, monkeypatch, capsys, tmp_path
+):
+    picture, out = tmp_path / "photo.jpg", tmp_path / "done.png"
+    Image.new("RGB", (3000, 1500), (40, 90, 160)).save(picture)
+    words = ["decode", "complete", str(trained), str(picture), "--decoder", str(decoder), "--box", "1000,500,700,600",
+             "--out", str(out), "--steps", "2", "--samples", "2", "--each", "--device", "cpu"]  # fmt: skip
+    status, told, error = command(monkeypatch, capsys, *words)
+    assert (status, error) == (0, "")
+    assert "shown at 1024 pixels a side; --each" in told
+    assert Image.open(tmp_path / "done-0-1.png").size == (3000, 1500)
+    assert Image.open(out).width < 3 * 1024 + 200
+
+
+def test_an_outline_stays_around_its_box_in_a_shrunk_image():
+    pixels = torch.zeros(3, 2048, 4096, dtype=torch.uint8)
+    pixels[:, 400:800, 1200:2000] = 255
+    found = np.asarray(draw(Cell(pixels, (1200, 400, 2000, 800)))).astype(int)
+    assert found.shape == (512, 1024, 3)
+    assert (found[102:198, 302:498] == 255).all()
+    green = (found == (0, 170, 80)).all(-1)
+    assert green[100 - 3, 300:500].all()
+    assert not green[101:199, 301:499].any()
+
+
 @pytest.mark.parametrize("side", [60, 128, 1500])
 def test_a_sheets_heads_are_a_twentieth_of_its_images_and_12_pixels_at_least(side):
     cell = Cell(torch.zeros(3, side, side, dtype=torch.uint8))

@@ -40,7 +40,7 @@ from openjepa.recipes.methods import decoder_of, refuse_another
 from openjepa.recipes.pretrain import pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override
 from openjepa.rng import permutation
-from openjepa.see.sheet import Cell, sheet
+from openjepa.see.sheet import LARGEST, Cell, sheet
 
 OF_THE_RUN = ("method", "model.", "data.mean", "data.std", "rcdm.run", "rcdm.step", "rcdm.fingerprint")
 
@@ -305,7 +305,10 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, sampling: Sampling, box: Rectangle,
              device: str = "auto", each: bool = False) -> list[str]:  # fmt: skip
-    """Hypotheses of what is in a box of an image, side by side at its own size. Returns what to tell. Raises UserError."""
+    """Hypotheses of what is in a box of an image, side by side, at most LARGEST pixels a side each. Returns what to tell.
+
+    Raises UserError.
+    """
     refuse_none(samples=samples)
     refuse_no_png(out)
     loaded = load_decoder(source, decoder, device)
@@ -322,6 +325,8 @@ def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, 
     files = save(out, drawn, [painted], about, each)
     left, top, right, bottom = shown.place.box
     lines = [f"written: {files[0]}" + (f" and {samples} hypotheses beside it" if each else "")]
+    if max(shown.pixels.shape[1:]) > LARGEST:
+        lines.append(f"note: shown at {LARGEST} pixels a side; --each writes each hypothesis at the image's own size")
     if shown.place.box != (box[0], box[1], box[0] + box[2], box[1] + box[3]):
         lines.append(f"note: the box was widened to whole patches: {left},{top},{right - left},{bottom - top}")
     low, high = loaded.recipe.masking.target_scale

@@ -1,4 +1,4 @@
-"""Images in rows, each pixel as it is: small ones magnified by whole numbers, boxes outlined around their pixels."""
+"""Images in rows: small ones magnified by whole numbers, large ones shrunk, boxes outlined around their pixels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALLEST = 128  # pixels a side that an image is magnified to, about
+LARGEST = 1024  # pixels a side that an image is shrunk to
 LETTERS = 12  # pixels that the line above is high at least, and a twentieth of the cells: read where all of a large sheet is shown
 GREEN = (0, 170, 80)
 
@@ -49,10 +50,15 @@ def sheet(rows: Sequence[Sequence[Cell]], heads: Sequence[str]) -> Image.Image:
 def draw(cell: Cell) -> Image.Image:
     """A cell by itself. The outline lies outside of the box, or on the image's border."""
     pixels = cell.pixels[:3] if len(cell.pixels) >= 3 else cell.pixels[:1].expand(3, -1, -1)
-    times = max(1, round(SMALLEST / max(pixels.shape[1:])))
-    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).repeat(times, 0).repeat(times, 1))
+    longer = max(pixels.shape[1:])
+    whole = max(1, round(SMALLEST / longer))
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).repeat(whole, 0).repeat(whole, 1))
+    times = float(whole)
+    if longer > LARGEST:
+        times = LARGEST / longer
+        image = image.resize((max(1, round(times * image.width)), max(1, round(times * image.height))), reducing_gap=2)
     if cell.box:
-        left, top, right, bottom = (times * side for side in cell.box)
+        left, top, right, bottom = (round(times * side) for side in cell.box)
         thick = max(1, min(image.size) // 100)
         edges = (
             max(0, left - thick),
