@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
     from openjepa.studio.studio import Studio
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    """Tests that run side by side share the cores: threads beyond them wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        torch.set_num_threads(1)
+
 
 TINY = {
     "model": {"size": "Ti", "image_size": [32, 32], "patch_size": 4, "width": 24, "depth": 2, "heads": 2},

@@ -42,7 +42,8 @@ def sbatch(script):  # runs it beside us, again each time that it was queued aga
         if not (home / f"{job}.again").exists():
             break
         (home / f"{job}.again").unlink()
-    (home / f"{job}.done").write_text(str(status))
+    (home / "status").write_text(str(status))
+    (home / "status").rename(home / f"{job}.done")
 
 def srun(*words):
     words = list(words); files = {}
