@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,8 @@ from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
-from openjepa.models.predictor import PredictorConfig
-from openjepa.models.vit import ViTConfig
 from openjepa.recipes.budget import pace, seconds_of
-from openjepa.recipes.ijepa import HIDDEN, PAINTING
+from openjepa.recipes.ijepa import CPU, GPU, HIDDEN, painting
 from openjepa.recipes.recipe import Recipe
 from openjepa.rng import permutation
 
@@ -35,7 +32,7 @@ PATCHES = {32: 4, 64: 8, 96: 12, 160: 16, 224: 16}  # pixels a side, for each of
 FEW_STEPS = 1500  # below which nothing was seen to be learned
 SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then no more
-RATES = {32: 8e-4, 64: 5e-4, 96: 5e-4}  # on a CPU: at 1e-3 CIFAR-10 learns best, and photographs lose what they learned
+SMALLEST_RATE, RATE = 8e-4, 5e-4  # at 1e-3 images of 32 pixels learn best, and photographs lose what they learned
 ALONE = 200  # steps in which the new predictor learns, and the painted encoder not yet
 
 
@@ -57,11 +54,12 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
         raise UserError(f"{spec}: none of {LOOKED_AT} images could be read")
     short = int(median(min(size) for size in sizes))
     side = max((s for s in SIDES[kind] if s <= short), default=SIDES[kind][0])
-    model, predictor = networks(kind, side)
+    model, predictor = CPU if kind == "cpu" else GPU
+    model = replace(model, image_size=(side, side), patch_size=PATCHES[side])
     grid = side // model.patch_size
     batch = 32 if kind == "cpu" else 128
     mean, std = colours(source, side, seed)
-    rate = RATES[side] if kind == "cpu" else 1e-3
+    rate = SMALLEST_RATE if side == SIDES[kind][0] else RATE
     begun = Recipe(
         seed=seed,
         precision=pick_precision("auto", on),
@@ -101,7 +99,7 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
          "pixels teach much at once, and features of a network that knows nothing do not"),
         (f"then {steps} steps, {epochs:.2g} epochs of {len(source)} images", f"the rest at {speed:.0f} images/s here{enough}"),
         (f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned"),
-        (f"a learning rate of {rate:g}", "as this size was seen to learn" if kind == "cpu" else "no other was tried"),
+        (f"a learning rate of {rate:g}", "as this size was seen to learn" if kind == "cpu" else "as on a CPU; no other was tried"),
         ("three quarters of the patches hidden", "so a grid this small learns at least as well, in less time than by blocks")
         if grid <= SMALL
         else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
@@ -111,17 +109,6 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
     return Chosen(recipe, reasons)
 
 
-def painting(predictor: PredictorConfig, rate: float, epochs: float = 1.0) -> dict[str, Any]:
-    """The run that comes first: a decoder as large as the predictor."""
-    decoder = {"decoder_width": predictor.width, "decoder_depth": predictor.depth, "decoder_heads": 3}
-    return {
-        **PAINTING,
-        "mae": decoder,
-        "optim": {**PAINTING["optim"], "lr": rate},
-        "schedule": {"epochs": epochs, "warmup_epochs": round(0.06 * epochs, 3)},
-    }
-
-
 def epochs_in(seconds: float, speed: float, batch: int, per_epoch: int) -> float:
     """Whole steps of so many images a second, in epochs; one at least."""
     return max(1e-4, round(max(1, round(seconds * speed / batch)) / per_epoch, 4))
@@ -129,15 +116,6 @@ def epochs_in(seconds: float, speed: float, batch: int, per_epoch: int) -> float
 
 def a(kind: str) -> str:
     return "a CPU" if kind == "cpu" else "a GPU"
-
-
-def networks(kind: str, side: int) -> tuple[ViTConfig, PredictorConfig]:
-    """What a machine trains long enough in minutes."""
-    if kind == "cpu":
-        return ViTConfig(size="Ti", depth=6, image_size=(side, side), patch_size=PATCHES[side]), PredictorConfig(
-            width=96, depth=3
-        )
-    return ViTConfig(size="S", image_size=(side, side), patch_size=PATCHES[side]), PredictorConfig(width=192, depth=6)
 
 
 def momenta(steps: int) -> tuple[float, float]:
