@@ -50,7 +50,7 @@ OWN = {  # of each method's own parts
     "ijepa": {"predictor": TINY["predictor"]},
     "mae": {"mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}},
     "ibot": {
-        "ibot": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "freeze_last_layer": 0.5},
+        "ibot": {"prototypes": 32, "hidden": 16, "bottleneck": 8, "freeze_last_layer_epochs": 0.5},
         "crops": {"small": 2, "small_size": [16, 16]},
         "augment": {"jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": 0.5, "flip": 0.5},
     },

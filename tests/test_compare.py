@@ -10,7 +10,9 @@ from openjepa.bench.compare import contestants, seconds_of
 from openjepa.engine.run import Interrupted
 from openjepa.errors import UserError
 from openjepa.recipes import budget
-from openjepa.see.figures import comparison_figure
+from openjepa.recipes.named import RECIPES
+from openjepa.recipes.recipe import all_keys
+from openjepa.see.figures import comparison_figure, mean_line
 from tests.helpers import command, refused
 
 SMALL = [
@@ -104,7 +106,7 @@ def test_a_stopped_comparison_goes_on_with_the_next_contestant(quick, monkeypatc
     name = "compare, scenes:80, 0,1"
     status, _, said = command(monkeypatch, capsys, *words)
     assert status == 75
-    assert said == f"stopped: 6 rows are kept in {file}: the same command goes on\n"
+    assert said.endswith(f"stopped: 6 rows are kept in {file}: the same command goes on\n")
     kept = json.loads(file.read_text())
     assert list(kept) == ["masks", f"{name} (unfinished)"]
     assert [row["who"] for row in kept[f"{name} (unfinished)"]["rows"][::2]] == ["ijepa", "mae", "ibot"]
@@ -129,7 +131,11 @@ def test_what_another_command_kept_is_measured_anew(quick, monkeypatch, capsys, 
 
 def test_a_comparison_that_keeps_nothing_says_so(quick, monkeypatch, capsys):
     status, _, said = command(monkeypatch, capsys, "bench", "compare", "--data", "scenes:80", "--seeds", "0,1", *SMALL)
-    assert (status, said) == (75, "stopped: nothing of this measurement is kept\n")
+    assert status == 75
+    assert (
+        said
+        == "images of 32x32 pixels, patches of 4, an encoder 48 wide and 2 deep\nstopped: nothing of this measurement is kept\n"
+    )
 
 
 def test_every_contestant_has_its_line_however_many_there_are():
@@ -142,6 +148,39 @@ def test_every_contestant_has_its_line_however_many_there_are():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*"abcdefgh", "raw pixels"]
 
 
+def test_what_two_processes_kept_is_drawn_as_one_comparison(quick, monkeypatch, capsys, tmp_path):
+    files = [tmp_path / f"{seed}.json" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        words = ["--data", "scenes:80", "--methods", "mae", "--seeds", str(seed), "--out", str(file)]
+        assert command(monkeypatch, capsys, "bench", "compare", *words, *SMALL)[0] == 0
+    picture, both = tmp_path / "both.png", ",".join(map(str, files))
+    monkeypatch.setattr(bench, "contestants", None)  # nothing is measured
+    status, said, _ = command(monkeypatch, capsys, "bench", "compare", "--kept", both, "--plot", str(picture), "--json")
+    assert status == 0
+    assert [(row["who"], row["seed"]) for row in json.loads(said)["rows"] if row["step"]] == [("mae", 0), ("mae", 1)]
+    assert picture.stat().st_size > 10_000
+    two = {name: json.loads(file.read_text()) for name, file in zip("ab", files, strict=True)}
+    files[0].write_text(json.dumps({f"compare {name}": next(iter(kept.values())) for name, kept in two.items()}))
+    assert "holds 2 comparisons" in refused(monkeypatch, capsys, "bench", "compare", "--kept", str(files[0]))
+    assert "no measurements" in refused(monkeypatch, capsys, "bench", "compare", "--kept", str(picture))
+
+
+def test_seeds_of_other_numbers_of_looks_have_a_mean():
+    lines = [([0.0, 1.0, 2.0], [0.0, 10.0, 20.0]), ([0.0, 2.0], [0.0, 40.0])]
+    x, y = mean_line(lines)
+    assert x.tolist() == [0, 1, 2]
+    assert y.tolist() == [0, 15, 30]
+    x, y = mean_line([([0.0, 4.0], [1.0, 2.0]), ([0.0, 8.0], [3.0, 6.0])])
+    assert (x.tolist(), y.tolist()) == ([0, 6], [2, 4])
+
+
+def test_values_of_an_ablation_may_be_ranges():
+    words = "ijepa:masking.target_scale=[0.1,0.2]:masking.targets=2,mae"
+    assert bench.split(words, ",") == [words[:-4], "mae"]
+    (ijepa,) = contestants(bench.split(words, ",")[:1], {})
+    assert (ijepa.recipe.masking.target_scale, ijepa.recipe.masking.targets) == ((0.1, 0.2), 2)
+
+
 def test_ablations_are_contestants_like_others():
     plain, pixels = contestants(["ijepa", "ijepa:loss.target=pixels:masking.targets=2"], {"model.depth": "1"})
     assert plain.recipe.loss.target == "encoder"
@@ -151,11 +190,23 @@ def test_ablations_are_contestants_like_others():
 
 def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
     (ibot,) = contestants(["ibot"], {})
-    made = bench.stretched(ibot.recipe, 1000, 100, 200)  # 10 epochs instead of 4
-    assert made.schedule.epochs == 10
-    assert made.schedule.warmup_epochs == pytest.approx(1.25)
-    assert made.ibot.temperature_epochs == 5
-    assert made.ibot.freeze_last_layer == pytest.approx(1.25)
+    for steps, factor in ((1000, 2.5), (180, 0.45)):  # of 4 epochs of 100
+        made = bench.stretched(ibot.recipe, steps, 100, 20)
+        assert made.schedule.epochs == 4 * factor
+        assert made.schedule.warmup_epochs == pytest.approx(0.5 * factor)
+        assert made.ibot.freeze_last_layer_epochs == pytest.approx(0.5 * factor)
+        at = [made.ibot.temperatures(share * made.schedule.epochs)[0] for share in (0, 0.125, 0.25, 1)]
+        assert at == pytest.approx([0.04, 0.055, 0.07, 0.07])  # risen after a quarter of the run, however long it is
+
+
+def test_whatever_is_said_in_epochs_is_stretched():
+    recipe = RECIPES["ijepa_imagenette_cpu"]()
+    long = bench.stretched(recipe, 1080, 10, 20)  # twice its 54 epochs
+    for key in (key for key in all_keys() if key.endswith("epochs")):
+        part, _, name = key.partition(".")
+        before, after = (getattr(getattr(r, part), name) for r in (recipe, long))
+        assert after == pytest.approx(2 * before), key
+    assert long.predictor.alone_epochs > 0
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,12 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
         left = f"{len(record['rows'])} rows are kept in {out}: the same command goes on"
         raise Interrupted(left if record["rows"] else "nothing of this measurement is kept", stop.status) from stop
     record["rows"] = rows
+    if out:
+        add(out, name, record, gone=unfinished(name))
     if plot:
         from openjepa.see import figures
 
         getattr(figures, FIGURES[what])(rows).savefig(plot, dpi=150)
-    if out:
-        add(out, name, record, gone=unfinished(name))
     if as_json:
         print(json.dumps({"bench": name, **record}, indent=1))
     else:

@@ -15,7 +15,7 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.engine.run import Interrupted
 
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))
-    asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds", "looks")}
+    asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds", "looks", "kept")}
     if args.what == "compare":
         asked["values"] = pairs(rest)
     else:
@@ -46,6 +46,11 @@ def add(commands: Any) -> None:
     p.add_argument("--budget", metavar="TIME", help="compare: of training, for each of them: 90s, 30min, 2h")
     p.add_argument("--seeds", metavar="NUMBERS", help="compare: 0 unless told")
     p.add_argument("--looks", metavar="N", help="compare: how often each is scored on its way: 5 unless told")
+    p.add_argument(
+        "--kept",
+        metavar="FILES",
+        help="compare: draw what --out kept, and measure nothing: a.json,b.json",
+    )
     p.add_argument("--plot", metavar="FILE.png", help="scaling, compare, fleet: draw it")
     p.add_argument("--json", action="store_true", help="print all numbers as JSON")
     p.add_argument("--out", metavar="FILE", help="add them to a JSON file, one for a machine")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from openjepa.data.decode import Box, Raw, decode
+from openjepa.data.decode import Box, Raw, Resize, decode
 from openjepa.errors import UserError
 
 NUMBERS = 32  # uniforms that one image's augmentation may use
@@ -23,6 +23,7 @@ class AugmentConfig:
 
     crop_scale: tuple[float, float] = (0.3, 1.0)  # share of the image's area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    resize: Resize = "bilinear"  # of the crop, with antialiasing
     flip: float = 0.0  # probability
     jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # most of brightness, contrast, saturation, hue; for 80 %
     grey: float = 0.0  # probability
@@ -50,7 +51,7 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
 
     numbers: NUMBERS uniforms in [0, 1), the sample's own. Returns uint8 [height, width, channels]. Raises BadImage.
     """
-    pixels = decode(raw, lambda w, h: random_resized_crop(w, h, config, numbers), size, channels)
+    pixels = decode(raw, lambda w, h: random_resized_crop(w, h, config, numbers), size, channels, config.resize)
     u = numbers[2 * TRIES + 2 :]
     if u[0] < config.flip:
         pixels = pixels[:, ::-1]
@@ -70,7 +71,11 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
         if grey:
             image = T.rgb_to_grayscale(image, 3)
         if u[2] < config.blur:
-            image = T.gaussian_blur(image, [2 * (min(size) // 20) + 1] * 2, [0.1 + 1.9 * u[7]])
+            sigma = 0.1 + 1.9 * u[7]
+            reach = min(
+                math.ceil(3 * sigma), min(size) - 1
+            )  # pixels beyond which nothing counts, or none can be mirrored
+            image = T.gaussian_blur(image, [2 * reach + 1] * 2, [sigma])
         pixels = image.permute(1, 2, 0).numpy()
     return np.where(pixels < 128, pixels, 255 - pixels) if u[9] < config.solarise else pixels
 

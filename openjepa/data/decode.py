@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -26,6 +27,7 @@ from openjepa.errors import first_line
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright image
 Raw = bytes | Image.Image | np.ndarray
+Resize = Literal["bilinear", "bicubic"]
 
 PIXELS_VERSION = 2  # raise it when any pixel changes: features and answers of another version are made anew
 MAX_BYTES = 2**28  # of one encoded image
@@ -51,7 +53,7 @@ DAMAGE = (OSError, ValueError, TypeError, LookupError, SyntaxError, EOFError, Me
 
 
 def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int = 3,
-           resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:  # fmt: skip
+           resize: Resize = "bilinear") -> np.ndarray:  # fmt: skip
     """Crop and resize one image with antialiasing.
 
     raw: encoded bytes, a Pillow image, or uint8 [H, W, C]. choose: from (width, height) of the upright image to
@@ -59,9 +61,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     Raises BadImage.
     """
     with time_limit():
-        bilinear = resample == Image.Resampling.BILINEAR
-        plain = plain_jpeg(raw, choose, size, channels) if bilinear and isinstance(raw, bytes) else None
-        return with_pillow(raw, choose, size, channels, resample) if plain is None else plain
+        plain = plain_jpeg(raw, choose, size, channels, resize) if isinstance(raw, bytes) else None
+        return with_pillow(raw, choose, size, channels, resize) if plain is None else plain
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def time_limit() -> Iterator[None]:
 
 
 def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], channels: int,
-                resample: Image.Resampling) -> np.ndarray:  # fmt: skip
+                resize: Resize) -> np.ndarray:  # fmt: skip
     """As `decode`, for all that Pillow reads."""
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else raw
@@ -111,7 +112,7 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
         outer = (int(left), int(top), min(math.ceil(right), image.size[0]), min(math.ceil(bottom), image.size[1]))
         image = to_mode(image.crop(outer), MODES[channels])  # no pixel outside the crop bleeds in
         inner = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
-        pixels = np.asarray(image.resize((size[1], size[0]), resample, box=inner))
+        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling[resize.upper()], box=inner))
     except UnidentifiedImageError as error:  # its own message shows an object in memory
         raise BadImage("not an image of a kind that is read" if raw else "an empty file") from error
     except DAMAGE as error:
@@ -120,7 +121,7 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
 
 
 def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, int],
-               channels: int) -> np.ndarray | None:  # fmt: skip
+               channels: int, resize: Resize) -> np.ndarray | None:  # fmt: skip
     """As `decode` for an upright, undamaged JPEG whose crop lies on whole pixels; None where Pillow is to do it.
 
     The decoded pixels are Pillow's own; resized ones differ from Pillow's by the rounding of two passes.
@@ -145,7 +146,7 @@ def plain_jpeg(raw: bytes, choose: Callable[[int, int], Box], size: tuple[int, i
     except DAMAGE:  # Pillow takes some of it, and says what is wrong with the rest
         return None
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, in and out: else torch transposes twice
-    return F.interpolate(image, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+    return F.interpolate(image, size, mode=resize, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def size_of(raw: bytes) -> tuple[int, int]:

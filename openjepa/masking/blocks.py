@@ -26,9 +26,9 @@ def block_shapes(grid: Grid, scale: Range, aspect: Range, what: str) -> list[Gri
     ]
     if not shapes:
         raise UserError(
-            f"masking.{what}_scale {scale[0]:g} to {scale[1]:g} of a {height}x{width} grid asks for blocks of {low:.1f} to "
+            f"masking.{what} {scale[0]:g} to {scale[1]:g} of a {height}x{width} grid asks for blocks of {low:.1f} to "
             f"{high:.1f} patches with height / width {aspect[0]:.2f} to {aspect[1]:.2f}, and no whole block is such: "
-            f"widen masking.{what}_scale or use smaller patches"
+            f"{'change' if what == 'hidden' else 'widen'} masking.{what} or use smaller patches"
         )
     return shapes
 
@@ -47,8 +47,8 @@ def draw_shape(grid: Grid, scale: Range, aspect: Range, what: str, sizes: Draws)
 
 def batch_shapes(config: MaskingConfig, grid: Grid, sizes: Draws) -> tuple[Grid, Grid]:
     """The target size and the context size that a whole batch shares."""
-    target = draw_shape(grid, config.target_scale, config.target_aspect, "target", sizes)
-    context = draw_shape(grid, config.context_scale, relative(config.context_aspect, grid), "context", sizes)
+    target = draw_shape(grid, config.target_scale, config.target_aspect, "target_scale", sizes)
+    context = draw_shape(grid, config.context_scale, relative(config.context_aspect, grid), "context_scale", sizes)
     return target, context
 
 

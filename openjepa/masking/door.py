@@ -32,8 +32,10 @@ def check(config: MaskingConfig, grid: Grid) -> None:
         case "multiblock" if config.behaviour == "released":
             check_released(config, grid, name)
         case "multiblock":
-            target = max(h * w for h, w in block_shapes(grid, config.target_scale, config.target_aspect, "target"))
-            shapes = block_shapes(grid, config.context_scale, relative(config.context_aspect, grid), "context")
+            target = max(
+                h * w for h, w in block_shapes(grid, config.target_scale, config.target_aspect, "target_scale")
+            )
+            shapes = block_shapes(grid, config.context_scale, relative(config.context_aspect, grid), "context_scale")
             context = min(h * w for h, w in shapes)
             if context - target < config.min_keep:
                 raise UserError(
@@ -48,7 +50,7 @@ def check(config: MaskingConfig, grid: Grid) -> None:
                     "use fewer or smaller targets, or lower min_keep"
                 )
         case "block":
-            shapes = block_shapes(grid, about(config.hidden), config.target_aspect, "target")
+            shapes = block_shapes(grid, about(config.hidden), config.target_aspect, "hidden")
             kept_fewest = patches - max(h * w for h, w in shapes)
             if kept_fewest < config.min_keep:
                 raise UserError(

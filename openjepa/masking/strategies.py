@@ -78,7 +78,7 @@ def multiblock(config: MaskingConfig, grid: Grid, sizes: Draws, positions: Draws
 
 def block(config: MaskingConfig, grid: Grid, sizes: Draws, positions: Draws) -> tuple[np.ndarray, np.ndarray]:
     """One large target block; all the rest is context (table 6, "block")."""
-    shape = draw_shape(grid, about(config.hidden), config.target_aspect, "target", sizes)
+    shape = draw_shape(grid, about(config.hidden), config.target_aspect, "hidden", sizes)
     corners = place(positions, 1, grid, shape)
     return ~block_map(corners, shape, grid).reshape(len(corners), 1, -1), block_indices(corners, shape, grid)
 

@@ -34,10 +34,10 @@ class IBOTConfig:
     teacher_temperature: float = 0.07  # of class tokens, after the warm-up
     patch_temperature: float = 0.07  # of patches, after the warm-up
     first_temperature: float = 0.04  # of both, at its start
-    temperature_epochs: int = 30  # of linear warm-up
+    temperature_epochs: float = 29  # of linear warm-up: the release's 30 values, from its first epoch to its thirtieth
     centre_momentum: float = 0.9
     norm_last_layer: bool = True  # prototypes keep length 1
-    freeze_last_layer: float = 1  # epochs at the start in which the prototypes do not move
+    freeze_last_layer_epochs: float = 1  # epochs at the start in which the prototypes do not move
 
     def __post_init__(self) -> None:
         if min(self.prototypes, self.hidden, self.bottleneck) < 1:
@@ -47,12 +47,12 @@ class IBOTConfig:
         for name in ("student_temperature", "teacher_temperature", "patch_temperature", "first_temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"ibot.{name} is {getattr(self, name)}: it must be above 0")
-        if not 0 <= self.centre_momentum < 1 or min(self.temperature_epochs, self.freeze_last_layer) < 0:
+        if not 0 <= self.centre_momentum < 1 or min(self.temperature_epochs, self.freeze_last_layer_epochs) < 0:
             raise UserError("ibot.centre_momentum must be in [0, 1), numbers of epochs not negative")
 
     def temperatures(self, epoch: float) -> tuple[float, float]:
-        """The teacher's for class tokens and for patches, in an epoch: linear from the first, then constant."""
-        progress = min(1.0, int(epoch) / max(1, self.temperature_epochs - 1))
+        """The teacher's for class tokens and for patches: linear from the first, then constant. epoch: with its fraction."""
+        progress = min(1.0, epoch / self.temperature_epochs) if self.temperature_epochs else 1.0
         first = self.first_temperature
         classes, patches = (
             first + (last - first) * progress for last in (self.teacher_temperature, self.patch_temperature)
@@ -100,7 +100,9 @@ class IBOT(Method):
         self.config = config
         self.encoder = ViT(model)
         self.head = Head(model.dim, config)
-        self.mask_token = nn.Parameter(torch.zeros(model.dim))
+        self.mask_token = nn.Parameter(
+            torch.zeros(1, model.dim)
+        )  # a matrix to the optimiser: decayed, as in the release
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.target_head = copy.deepcopy(self.head).requires_grad_(False).eval()
         self.register_buffer("centres", torch.zeros(2, config.prototypes))
@@ -164,7 +166,7 @@ class IBOT(Method):
         self.temperatures = self.config.temperatures(epoch)
 
     def before_update(self, epoch: float) -> None:
-        if epoch < self.config.freeze_last_layer:
+        if epoch < self.config.freeze_last_layer_epochs:
             self.rest(self.head.last)
 
     @torch.no_grad()

@@ -75,7 +75,10 @@ def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chose
     per_epoch = steps_per_epoch(len(source), batch)
     before = replace(begun, first=painting(predictor, rate)).before()
     assert before is not None
-    painted, speed = pace(before, spec, per_epoch), pace(begun, spec, per_epoch)
+    painted, speed = (
+        pace(before, spec, per_epoch, PAINTED * seconds),
+        pace(begun, spec, per_epoch, (1 - PAINTED) * seconds),
+    )
     first = epochs_in(PAINTED * seconds, painted, batch, per_epoch)
     epochs = epochs_in((1 - PAINTED) * seconds, speed, batch, per_epoch)
     steps = round(epochs * per_epoch)

@@ -6,6 +6,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +15,8 @@ from openjepa.errors import UserError
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe
 
-PACE_STEPS = 40  # that show it, the first half to warm up
+PACE_STEPS = 40  # at least, that show it, the first half to warm up
+PACE_SHARE, PACE_SECONDS = 0.03, 15.0  # of the budget, and at most, that it is watched for: machines have moods
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -25,12 +27,17 @@ def seconds_of(budget: str) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def pace(recipe: Recipe, spec: str, per_epoch: int) -> float:
-    """Images that a recipe trains on in a second, here and now."""
+def pace(recipe: Recipe, spec: str, per_epoch: int, seconds: float) -> float:
+    """Images that a recipe trains on in a second, here and now, for a run of so many seconds."""
+    speed = pace_of(recipe, spec, per_epoch, PACE_STEPS // 2)
+    steps = int(min(PACE_SHARE * seconds, PACE_SECONDS) * speed / recipe.data.batch_size)
+    return pace_of(recipe, spec, per_epoch, steps) if steps > PACE_STEPS // 2 else speed
+
+
+def pace_of(recipe: Recipe, spec: str, per_epoch: int, steps: int) -> float:
+    """Images a second in so many steps, after as many more."""
     with tempfile.TemporaryDirectory() as folder:
-        pretrain(
-            stretched(recipe, PACE_STEPS, per_epoch, PACE_STEPS // 2), spec, Path(folder) / "pace", Console(quiet=True)
-        )
+        pretrain(stretched(recipe, 2 * steps, per_epoch, steps), spec, Path(folder) / "pace", Console(quiet=True))
         speed: float = read_metrics(Path(folder) / "pace")[-1]["images_per_s"]
         return speed
 
@@ -40,16 +47,19 @@ def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
     every so many steps."""
     epochs = steps / per_epoch
     factor = epochs / recipe.schedule.epochs
-    ibot = replace(
-        recipe.ibot,
-        temperature_epochs=round(recipe.ibot.temperature_epochs * factor),
-        freeze_last_layer=recipe.ibot.freeze_last_layer * factor,
-    )
+    parts = {name: stretched_part(getattr(recipe, name), factor) for name in recipe.__dataclass_fields__}
     return replace(
         recipe,
-        ibot=ibot,
-        predictor=replace(recipe.predictor, alone_epochs=recipe.predictor.alone_epochs * factor),
-        schedule=replace(recipe.schedule, epochs=epochs, warmup_epochs=recipe.schedule.warmup_epochs * factor),
-        monitors=replace(recipe.monitors, log_every=every, knn_every=0),
-        machine=replace(recipe.machine, checkpoint_every=every / per_epoch, keep=steps // every + 1),
+        **{
+            **parts,
+            "schedule": replace(parts["schedule"], epochs=epochs),
+            "monitors": replace(recipe.monitors, log_every=every, knn_every=0),
+            "machine": replace(recipe.machine, checkpoint_every=every / per_epoch, keep=steps // every + 1),
+        },
     )
+
+
+def stretched_part(part: Any, factor: float) -> Any:
+    """Of a recipe's part, all values whose names end in `epochs`, times a factor."""
+    names = [name for name in getattr(part, "__dataclass_fields__", ()) if name.endswith("epochs")]
+    return replace(part, **{name: getattr(part, name) * factor for name in names}) if names else part

@@ -36,7 +36,8 @@ def recipe(
 
 def paper(size: str, patch: int = 16) -> Recipe:
     """The values that all of the paper's rows share: batch 4096, lr 1.5e-4 for each 256 images, 1600 epochs."""
-    return recipe(ViTConfig(size=size, patch_size=patch), 4096, 1.5e-4 * 4096 / 256, 1600, 40)
+    made = recipe(ViTConfig(size=size, patch_size=patch), 4096, 1.5e-4 * 4096 / 256, 1600, 40)
+    return replace(made, augment=replace(made.augment, resize="bicubic"))
 
 
 def mae_cifar10_cpu() -> Recipe:

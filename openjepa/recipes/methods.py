@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from openjepa import masking
+from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import Batch, Views
 from openjepa.decoder.condition import Condition
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
@@ -23,6 +24,12 @@ from openjepa.methods.method import Method
 if TYPE_CHECKING:
     from openjepa.recipes.exchange import Trained
     from openjepa.recipes.recipe import Recipe
+
+
+DISTORTED = AugmentConfig(
+    crop_scale=(0.25, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=1.0
+)  # iBOT's first large crop
+MOST_PIXELS = 2e9  # of all crops of a batch, kept until the step is done
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,9 @@ def check_mae(recipe: Recipe) -> None:
         raise UserError(
             "mae paints all that is hidden from all that is visible: masking.strategy random or block, masking.context even"
         )
+    for name in ("targets", "target_scale", "contexts", "context_scale", "context_aspect"):
+        if getattr(recipe.masking, name) != getattr(MASKING, name):
+            raise UserError(f"masking.{name} says nothing to mae: set masking.hidden and masking.strategy")
     masking.check(recipe.masking, recipe.model.grid)
 
 
@@ -89,9 +99,27 @@ def check_ibot(recipe: Recipe) -> None:
         raise UserError(
             f"crops.small_size {crops.small_size[0]}x{crops.small_size[1]} does not divide into patches of {patch} pixels"
         )
+    (height, width), (h, w) = recipe.model.image_size, crops.small_size
+    if crops.small and h * w >= height * width:
+        raise UserError(
+            f"crops.small_size {h}x{w} is no smaller than the large crops, {height}x{width} (model.image_size)"
+        )
+    pixels = recipe.data.batch_size * (2 * height * width + crops.small * h * w)
+    if pixels > MOST_PIXELS:
+        raise UserError(
+            f"a batch of {recipe.data.batch_size} with 2 crops of {height}x{width} and {crops.small} of {h}x{w} each has "
+            f"{pixels / 1e9:.1f} billion pixels, more than {MOST_PIXELS / 1e9:g}: lower crops.small or data.batch_size"
+        )
+    if (frozen := recipe.ibot.freeze_last_layer_epochs) and frozen >= recipe.schedule.epochs:
+        raise UserError(
+            f"ibot.freeze_last_layer_epochs ({frozen:g}) must be shorter than the run ({recipe.schedule.epochs:g} epochs): no "
+            "prototype would move"
+        )
     if not recipe.ibot.patch_weight:
         return
     (rows, columns), least = recipe.model.grid, recipe.token_masking.hidden[0]
+    if recipe.token_masking.shape == "block" and min(rows, columns) < 2:
+        raise UserError(f"token_masking.shape block: no rectangle is smaller than a {rows}x{columns} grid: use random")
     if not int(least * rows * columns):
         raise UserError(
             f"token_masking.hidden {least:g} of a {rows}x{columns} grid hides no patch: raise it, or set ibot.patch_weight 0"
@@ -160,6 +188,7 @@ METHODS = {
         many_views,
         check_ibot,
         class_token=True,
+        begins={"augment": DISTORTED},
     ),
     "rcdm": Family(RCDM, ("rcdm", "masking"), decoder, one_view, check_rcdm),
 }
@@ -171,8 +200,8 @@ def parts() -> set[str]:
 
 
 def starting(recipe: Recipe, name: str) -> Recipe:
-    """A recipe of another method: what all share stays, what is the method's own begins at its defaults."""
+    """A recipe of another method: what all share stays, what is the method's own begins at its defaults, iBOT's distortions too."""
     shared = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__ if f not in (*parts(), "method")}
     family = METHODS[name]
     shared["model"] = replace(recipe.model, class_token=family.class_token)
-    return type(recipe)(method=name, **shared, **family.begins)
+    return type(recipe)(method=name, **{**shared, **family.begins})

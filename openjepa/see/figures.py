@@ -218,12 +218,13 @@ def fleet_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy against seconds and against steps, a line a method, every seed thin: `openjepa bench compare` (figures 1 and 5)."""
+    """Accuracy along seconds, steps and images seen, a line a method, every seed thin: `openjepa bench compare` (figures 1, 5)."""
     names = list(dict.fromkeys(row["who"] for row in rows if row["step"]))
-    pixels = next(row for row in rows if row["who"] == "raw pixels")
-    figure = Figure(figsize=(7.6, 5.2), layout="constrained")
-    for axes, metric in zip(figure.subplots(2, 2, sharex="col"), ("linear", "knn"), strict=True):
-        for axis, along in zip(axes, ("seconds", "step"), strict=True):
+    pixels = [row for row in rows if row["who"] == "raw pixels"][:1]  # none while it is not done
+    shown = {"seconds": "seconds of training", "step": "steps", "images": "images seen"}
+    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(2, len(shown), sharex="col", sharey="row"), ("linear", "knn"), strict=True):
+        for axis, along in zip(axes, shown, strict=True):
             for name, colour in zip(names, cycle((BLUE, *TARGETS)), strict=False):
                 mine = [row for row in rows if row["who"] == name]
                 begun = [row for row in rows if row["who"] == f"{name}, random weights"]
@@ -233,17 +234,25 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                     line = sorted((r for r in (*begun, *mine) if r["seed"] == seed), key=lambda r: r["step"])
                     lines.append(([r[along] for r in line], [100 * r[metric] for r in line]))
                     axis.plot(*lines[-1], color=colour, linewidth=0.7, alpha=0.5)
-                axis.plot(*np.mean(lines, 0), "o-", color=colour, linewidth=1.8, ms=3.5, label=name)
-            axis.axhline(100 * pixels[metric], color=GREY, linewidth=1.2, linestyle="--", label="raw pixels")
+                axis.plot(*mean_line(lines), "o-", color=colour, linewidth=1.8, ms=3.5, label=name)
+            for row in pixels:
+                axis.axhline(100 * row[metric], color=GREY, linewidth=1.2, linestyle="--", label="raw pixels")
             axis.set_ylabel(
                 f"{'linear probe' if metric == 'linear' else 'k-NN'}, %" if along == "seconds" else "", fontsize=9
             )
-            axis.set_xlabel(
-                {"seconds": "seconds of training", "step": "steps"}[along] if metric == "knn" else "", fontsize=9
-            )
+            axis.set_xlabel(shown[along] if metric == "knn" else "", fontsize=9)
             tidy(axis)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def mean_line(lines: Sequence[tuple[list[float], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of several (x, y), which may have other numbers of points: at the longest one's shares of the way."""
+    longest = max((x for x, _ in lines), key=len)
+    shares = np.array(longest) / max(longest[-1], 1e-9)
+    along = [[np.interp(shares, np.array(x) / max(x[-1], 1e-9), values) for values in (x, y)] for x, y in lines]
+    x, y = np.mean(along, 0)
+    return x, y
 
 
 def labels_figure(means: Sequence[dict[str, Any]]) -> Figure:
