@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from openjepa.data import decode as decode_module
-from openjepa.data.augment import NUMBERS, AugmentConfig, augment, centre_crop, random_resized_crop
+from openjepa.data.augment import NUMBERS, TRIES, AugmentConfig, CropsConfig, augment, centre_crop, random_resized_crop
 from openjepa.data.decode import BadImage, decode
 from openjepa.rng import Draws
 from tests.helpers import RED, encoded, whole
@@ -93,12 +94,14 @@ def test_exif_orientation_is_obeyed():
     assert out[8:].max() < 5
 
 
-def test_crops_are_antialiased_as_pillow_does():
+@pytest.mark.parametrize("resize", ["bilinear", "bicubic"])
+def test_crops_are_antialiased_as_pillow_does(resize):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     box = (13, 7, 101, 80)
-    expected = np.asarray(image.crop(box).resize((20, 16), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(decode(encoded(image, "PNG"), lambda w, h: box, (16, 20)).astype(int) - expected).max() <= 1
+    expected = np.asarray(image.crop(box).resize((20, 16), Image.Resampling[resize.upper()])).astype(int)
+    found = decode(encoded(image, "PNG"), lambda w, h: box, (16, 20), resize=resize).astype(int)
+    assert np.abs(found - expected).max() <= 1
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -108,12 +111,12 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("subsampling", [0, 2])
-def test_plain_jpegs_are_what_pillow_makes_of_them(monkeypatch, channels, subsampling):
+@pytest.mark.parametrize(("subsampling", "resize"), [(0, "bilinear"), (2, "bilinear"), (2, "bicubic")])
+def test_plain_jpegs_are_what_pillow_makes_of_them(monkeypatch, channels, subsampling, resize):
     """To two levels of 255: torch's resize rounds between its two passes, Pillow's too, elsewhere."""
     raw = encoded(photo(233, 170), "JPEG", quality=90, subsampling=subsampling)
     for numbers in Draws(0, "x", np.arange(30)).uniform(NUMBERS):
-        crop = partial(augment, raw, AugmentConfig(), (64, 96), channels, numbers)
+        crop = partial(augment, raw, AugmentConfig(resize=resize), (64, 96), channels, numbers)
         fast = crop()
         with monkeypatch.context() as without:
             without.setattr(decode_module, "plain_jpeg", lambda *_: None)
@@ -126,7 +129,7 @@ def test_plain_jpegs_are_what_pillow_makes_of_them(monkeypatch, channels, subsam
 
 def test_plain_jpegs_alone_take_the_fast_path():
     def fast(raw: bytes, channels: int = 3) -> bool:
-        return decode_module.plain_jpeg(raw, lambda w, h: (1, 2, 40, 30), (16, 16), channels) is not None
+        return decode_module.plain_jpeg(raw, lambda w, h: (1, 2, 40, 30), (16, 16), channels, "bilinear") is not None
 
     image = photo(48, 40)
     turned = Image.Exif()
@@ -200,6 +203,34 @@ def test_extreme_shapes_still_crop():
         assert right - left >= 1
         assert bottom - top >= 1
     assert centre_crop(256, 512, (224, 224), 0.875) == (16, 144, 240, 368)
+
+
+def test_a_blur_is_a_whole_gaussian_also_of_a_small_crop():
+    point = np.zeros((16, 16, 3), np.uint8)
+    point[8, 8] = 255
+    numbers = np.full(NUMBERS, 0.5)
+    numbers[2 * TRIES + 2 + 7] = 0.5  # sigma 0.1 + 1.9 / 2
+    whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), blur=1.0)
+    found = augment(point, whole, (16, 16), 3, numbers)[..., 0].astype(float)
+    spread = (found.sum(0) * (np.arange(16) - 8) ** 2).sum() / found.sum()
+    assert spread == pytest.approx(1.05**2, rel=0.06)  # rounded to whole levels
+
+
+def test_solarising_turns_the_bright_half_round():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
+    whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), solarise=1.0)
+    found = augment(grey, whole, (16, 16), 3, np.full(NUMBERS, 0.5))[..., 0].ravel()
+    assert found.tolist() == [*range(128), *range(127, -1, -1)]
+
+
+def test_views_are_distorted_as_their_place_says():
+    first = AugmentConfig(crop_scale=(0.25, 1.0), flip=0.5, blur=1.0, solarise=0.0)
+    crops = CropsConfig(second_blur=0.1, second_solarise=0.2, small_scale=(0.05, 0.25), small_blur=0.5)
+    one, two = crops.large(first)
+    assert one == first
+    assert (two.crop_scale, two.blur, two.solarise) == ((0.25, 1.0), 0.1, 0.2)
+    small = crops.little(replace(first, solarise=0.3))
+    assert (small.crop_scale, small.flip, small.blur, small.solarise) == ((0.05, 0.25), 0.5, 0.5, 0.0)
 
 
 def test_flip_jitter_and_blur_are_functions_of_their_numbers():

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.masking import TokenMaskingConfig, TokenMasks, hide_tokens
 from openjepa.methods.ibot import IBOT, IBOTConfig
 from openjepa.models.vit import ViTConfig
 from tests.test_parity import error, holds
 
 MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=8, width=24, depth=2, heads=2, class_token=True)
-SMALL = IBOTConfig(prototypes=20, hidden=16, bottleneck=8)
 
 
 def make(**values) -> IBOT:
@@ -59,6 +59,45 @@ def test_the_loss_and_the_centres_are_the_releases(golden: Path):
         holds(f"iBOT {name}", found, 1e-5)
 
 
+def test_the_loss_is_the_papers_sum_over_views_and_hidden_patches():
+    method = make(class_weight=0.7, patch_weight=0.3, teacher_temperature=0.05)
+    method.begin_step(100)
+    method.centres.normal_()
+    images, masks, small = batch(3)
+
+    def logits(crop: torch.Tensor, encoder: str, head: str, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Of one crop: of its class token, then of its patches."""
+        instead = None if hidden is None else (hidden[None], method.mask_token)
+        return getattr(method, head)(getattr(method, encoder).tokens(crop[None], hidden=instead))[0]
+
+    def cross(teacher: torch.Tensor, student: torch.Tensor, centre: torch.Tensor, temperature: float) -> torch.Tensor:
+        p = ((teacher - centre) / temperature).softmax(-1)
+        return -(p * (student / 0.1).log_softmax(-1)).sum(-1)
+
+    expected = []
+    for image, hidden, others in zip(images, masks.hidden, small, strict=True):
+        teacher = [logits(crop, "target_encoder", "target_head") for crop in image]
+        student = [logits(crop, "encoder", "head", at) for crop, at in zip(image, hidden, strict=True)]
+        views = [*student, *(logits(crop, "encoder", "head") for crop in others)]
+        classes = [
+            cross(teacher[q][0], v[0], method.centres[0], 0.05) for q in (0, 1) for i, v in enumerate(views) if i != q
+        ]
+        patches = [cross(teacher[q][1:][at], student[q][1:][at], method.centres[1], 0.07).sum() / max(1, int(at.sum()))
+                   for q, at in enumerate(hidden)]  # fmt: skip
+        assert len(classes) == 2 * 3
+        expected.append(0.7 * torch.stack(classes).mean() + 0.3 * torch.stack(patches).mean())
+    out = method(images, masks, small)
+    assert torch.allclose(out["losses"], torch.stack(expected), rtol=1e-5)
+
+
+def test_temperatures_rise_by_the_step_and_at_once_where_no_epochs_are_given():
+    config = IBOTConfig(temperature_epochs=0.5, patch_temperature=0.06)
+    assert config.temperatures(0) == pytest.approx((0.04, 0.04))
+    assert config.temperatures(0.25) == pytest.approx((0.055, 0.05))
+    assert config.temperatures(0.5) == config.temperatures(9) == pytest.approx((0.07, 0.06))
+    assert IBOTConfig(temperature_epochs=0).temperatures(0) == pytest.approx((0.07, 0.07))
+
+
 def test_only_the_student_learns_and_the_teacher_follows():
     method = make(norm_last_layer=False)
     out = method(*batch())
@@ -82,7 +121,7 @@ def test_a_step_that_is_not_finite_moves_no_centre():
 
 
 def test_hidden_patches_are_unseen_by_the_student_alone():
-    method = make(class_weight=0.0)
+    method = make()
     images, masks, _ = batch()
     changed = images.clone()
     crop, patch = masks.hidden.nonzero()[0][:2].tolist(), int(masks.hidden.nonzero()[0][2])
@@ -112,8 +151,11 @@ def test_prototypes_keep_their_length_and_rest_at_first():
     method = make(freeze_last_layer_epochs=1)
     method(*batch())["loss"].backward()
     method.before_update(0.9)
-    assert all(p.grad is None for p in method.head.last.parameters())
-    assert method.head.mlp[0].weight.grad is not None
+    before = {name: p.clone() for name, p in method.head.named_parameters()}
+    build_optimizer(method, OptimConfig(lr=0.1, weight_decay=0.5)).step()
+    moved = {name for name, p in method.head.named_parameters() if not torch.equal(p, before[name])}
+    assert "mlp.0.weight" in moved
+    assert not {name for name in moved if name.startswith("last")}  # nor does weight decay move them
     assert torch.allclose(method.head.last.weight.norm(dim=1), torch.ones(20), atol=1e-5)
     method(*batch())["loss"].backward()
     method.before_update(1.0)

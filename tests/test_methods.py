@@ -112,6 +112,13 @@ def test_another_method_begins_at_its_own_values():
     assert recipe.model.class_token
     assert recipe.model.width == 24  # what they share stays
     assert recipe.mae.decoder_depth == 2
+    assert recipe.augment == recipe_of("ijepa").augment
+    ibot = override(recipe_of("ijepa"), {"method": "ibot"})
+    assert (ibot.crops.small_size, ibot.ibot.temperature_epochs) == (
+        (12, 12),
+        0.5,
+    )  # of 32 pixels in patches of 4, 2 epochs
+    assert ibot.augment.jitter == (0.4, 0.4, 0.2, 0.1)  # views that differ by their place alone would agree at once
 
 
 @pytest.mark.parametrize(
@@ -129,6 +136,20 @@ def test_another_method_begins_at_its_own_values():
         ("mae", {"mae.decoder_heads": "5"}, "divisible by mae.decoder_heads"),
         ("ibot", {"crops.small_size": "18,16"}, "crops.small_size 18x16 does not divide into patches of 4"),
         ("ibot", {"crops.small": "65"}, "crops.small is 65"),
+        ("ibot", {"crops.small_size": "32,32"}, "crops.small_size 32x32 is no smaller than the large crops, 32x32"),
+        (
+            "ibot",
+            {"crops.small": "60", "data.batch_size": "200000"},
+            "3.5 billion pixels, more than 2: lower crops.small",
+        ),
+        (
+            "ibot",
+            {"model.image_size": "4,128", "crops.small": "0"},
+            "no rectangle is smaller than a 1x32 grid: use random",
+        ),
+        ("ibot", {"ibot.freeze_last_layer_epochs": "2"}, "no prototype would move"),
+        ("mae", {"masking.targets": "7"}, "masking.targets says nothing to mae"),
+        ("mae", {"masking.strategy": "block", "masking.hidden": "0.01"}, "masking.hidden 0.009 to 0.011 of a 8x8 grid"),
         ("ibot", {"model.class_token": "false"}, "set model.class_token true"),
         ("ibot", {"token_masking.hidden": "0.001,0.002"}, "hides no patch"),
         ("ibot", {"token_masking.masked": "0"}, "token_masking.masked 0 hides no patch"),

@@ -1,9 +1,11 @@
 import json
+import math
 
 import pytest
 import torch
 
 from openjepa.engine.optim import OptimConfig, Schedule, ScheduleConfig, build_optimizer, set_rates
+from openjepa.engine.train import gradient_norm
 from openjepa.errors import UserError
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.predictor import PredictorConfig
@@ -29,6 +31,21 @@ def test_schedules_of_the_tiny_golden_run(golden):
         assert schedule.lr(step) == pytest.approx(g["lr"][step], rel=1e-9)
         assert schedule.weight_decay(step) == pytest.approx(g["weight_decay"][step], rel=1e-9)
         assert schedule.momentum(step) == pytest.approx(g["momentum"][step], rel=1e-12)
+
+
+def test_a_cosine_moves_the_average_slowly_at_both_ends():
+    plan = ScheduleConfig(epochs=4, warmup_epochs=1, ema=(0.9, 1.0), ema_shape="cosine")
+    found = [Schedule(OptimConfig(), plan, 2).momentum(step) for step in (0, 2, 4, 6, 8)]
+    assert found == pytest.approx([1 - 0.05 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75, 1)])
+
+
+def test_each_parameters_gradient_is_clipped_by_its_own_length():
+    large, small = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    large.grad, small.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.4])
+    norm = gradient_norm([large, small], OptimConfig(clip_each=3.0))
+    assert norm.item() == pytest.approx(math.hypot(50, 0.5))
+    assert large.grad.tolist() == pytest.approx([1.8, 2.4])
+    assert small.grad.tolist() == pytest.approx([0.3, 0.4])
 
 
 def test_horizon_stretches_the_rates_beyond_the_end():

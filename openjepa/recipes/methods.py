@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from openjepa import masking
-from openjepa.data.augment import AugmentConfig
+from openjepa.data.augment import AugmentConfig, CropsConfig
 from openjepa.data.stream import Batch, Views
 from openjepa.decoder.condition import Condition
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
-from openjepa.methods.ibot import IBOT
+from openjepa.methods.ibot import IBOT, IBOTConfig
 from openjepa.methods.ijepa import IJEPA
 from openjepa.methods.mae import MAE, MASKING
 from openjepa.methods.method import Method
@@ -42,7 +42,7 @@ class Family:
     views: Callable[[Recipe], Views]
     check: Callable[[Recipe], None] = lambda recipe: None  # raises UserError for values that do not go together
     class_token: bool = False  # that its encoder has unless told otherwise
-    begins: Mapping[str, Any] = field(default_factory=dict)  # parts of other values than the recipe's own
+    begins: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}  # parts of a recipe that was another method's
 
 
 def one_view(recipe: Recipe) -> Views:
@@ -128,6 +128,18 @@ def check_ibot(recipe: Recipe) -> None:
         raise UserError("token_masking.masked 0 hides no patch: raise it, or set ibot.patch_weight 0")
 
 
+def ibot_begins(recipe: Recipe) -> dict[str, Any]:
+    """Views that differ by more than their place, small ones of as large a share as published, and a start as long as
+    `ibot_cifar10_cpu` gives it."""
+    patch, epochs = recipe.model.patch_size, recipe.schedule.epochs
+    rows, columns = (max(1, round(side * 96 / 224)) * patch for side in recipe.model.grid)
+    return {
+        "augment": DISTORTED,
+        "crops": CropsConfig(small_size=(rows, columns)),
+        "ibot": IBOTConfig(temperature_epochs=epochs / 4, freeze_last_layer_epochs=epochs / 8),
+    }
+
+
 def check_rcdm(recipe: Recipe) -> None:
     masking.check(recipe.masking, recipe.model.grid)
 
@@ -179,7 +191,7 @@ METHODS = {
         one_view,
         check_mae,
         class_token=True,
-        begins={"masking": MASKING},
+        begins=lambda recipe: {"masking": MASKING},
     ),
     "ibot": Family(
         IBOT,
@@ -188,7 +200,7 @@ METHODS = {
         many_views,
         check_ibot,
         class_token=True,
-        begins={"augment": DISTORTED},
+        begins=ibot_begins,
     ),
     "rcdm": Family(RCDM, ("rcdm", "masking"), decoder, one_view, check_rcdm),
 }
@@ -200,8 +212,8 @@ def parts() -> set[str]:
 
 
 def starting(recipe: Recipe, name: str) -> Recipe:
-    """A recipe of another method: what all share stays, what is the method's own begins at its defaults, iBOT's distortions too."""
+    """A recipe of another method: what all share stays, what is the method's own begins anew."""
     shared = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__ if f not in (*parts(), "method")}
     family = METHODS[name]
     shared["model"] = replace(recipe.model, class_token=family.class_token)
-    return type(recipe)(method=name, **{**shared, **family.begins})
+    return type(recipe)(method=name, **{**shared, **family.begins(recipe)})
