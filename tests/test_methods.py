@@ -1,26 +1,34 @@
 """Claims about all methods alike: they train, resume, are loaded and reported by the same engine; recipes keep them apart."""
 
+import __future__
+
+import json
 import re
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from rich.console import Console
 
 import openjepa
+from openjepa.bench import compare as bench
 from openjepa.data.sources import open_source
 from openjepa.data.stream import Steps, batches
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
-from openjepa.recipes.methods import METHODS, Family
+from openjepa.recipes import budget, methods
+from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, from_dict, from_yaml, override, to_dict, to_yaml
 from openjepa.recipes.replay import dump, replay
 from openjepa.recipes.report import report
 from tests.conftest import OWN, recipe_of
-from tests.helpers import refused, same
+from tests.helpers import command, refused, same
 
 
 @pytest.fixture(scope="module", params=["mae", "ibot"])
@@ -207,20 +215,42 @@ def test_the_target_encoders_input_can_be_masked(folder):
 # ---------------------------------------------------------------- a method of one's own
 
 
-def test_the_page_on_adding_a_method_is_true(folder, tmp_path):
+def test_the_page_on_adding_a_method_is_true(folder, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
-    scope: dict = {}
-    before = set(METHODS)
+    monkeypatch.setattr(budget, "PACE_STEPS", 4)
+    monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
+    module, entry = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    added = ModuleType("openjepa.methods.data2vec")
+    exec(module, vars(added))
+    monkeypatch.setitem(sys.modules, added.__name__, added)
+    small = [
+        "--model.width",
+        "24",
+        "--model.heads",
+        "2",
+        "--model.depth",
+        "2",
+        "--data.batch_size",
+        "8",
+        "--optim.lr",
+        "1e-3",
+    ]
     try:
-        for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-            exec(code, scope)
-        assert isinstance(METHODS["data2vec"], Family)
-        recipe = override(recipe_of("ijepa"), {"method": "data2vec", "token_masking.masked": "1"})
-        pretrain(recipe, str(folder), tmp_path / "run", Console(quiet=True))
+        there = compile(
+            entry, "methods.py", "exec", __future__.annotations.compiler_flag
+        )  # as if it were written there
+        exec(there, dict(vars(methods)))
+        pretraining, comparing = re.findall(r"^openjepa (.*)$", page, re.MULTILINE)
+        words = pretraining.replace("SPEC", str(folder)).replace("runs/data2vec", str(tmp_path / "run")).split()
+        times = ["--schedule.epochs", "2", "--schedule.warmup_epochs", "0.5", "--monitors.log_every", "1"]
+        assert command(monkeypatch, capsys, *words, *small, *times)[0] == 0
         losses = [m["loss"] for m in read_metrics(tmp_path / "run") if "loss" in m]
         assert losses[-1] < losses[0]
         assert openjepa.load(tmp_path / "run").network == "target_encoder"
         assert "coloured ones asked for" in report(tmp_path / "run").read_text()
+        words = comparing.replace("SPEC", str(folder)).replace("10min", "1s").split()
+        status, said, _ = command(monkeypatch, capsys, *words, "--json", "--looks", "1", *small)
+        assert status == 0
+        assert "method=data2vec" in {row["who"].partition(":")[2].partition(":")[0] for row in json.loads(said)["rows"]}
     finally:
-        for name in set(METHODS) - before:
-            del METHODS[name]
+        METHODS.pop("data2vec", None)
