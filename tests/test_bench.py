@@ -15,6 +15,7 @@ from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
+from openjepa.recipes.named import RECIPES
 from tests.helpers import command, refused
 
 MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, width=24, depth=2, heads=2)
@@ -55,6 +56,12 @@ def test_work_is_that_of_the_matrix_products():
     learning = encoder + shared + m * t * p * d
     cheaper = replace(CASE, predictor=replace(PREDICTOR, context="shared"))
     assert bench.flops(cheaper, [masks]) == 2 * (target + 3 * learning + 2 * first)
+
+
+def test_a_recipes_operations_are_those_of_its_networks_and_masks():
+    recipe = RECIPES["ijepa_cifar10_alone_cpu"]()
+    masks = [sample(recipe.masking, recipe.model.grid, 0, s, np.arange(32)) for s in range(2)]
+    assert cost.operations(recipe, 2) == bench.flops(Case("", recipe.model, recipe.predictor, 32), masks)
 
 
 def test_every_variant_takes_its_turn(monkeypatch):

@@ -1,4 +1,4 @@
-"""`openjepa bench scaling`, `batches` and `start`: what a step costs as it grows, and what comes before the first."""
+"""`openjepa bench scaling`, `batches`, `iteration` and `start`: what a step costs as it grows, and what comes before the first."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ import numpy as np
 import torch
 
 from openjepa.bench.clock import Rows, spread
-from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, most_memory
+from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, most_memory, work
 from openjepa.engine.device import pick_device, pick_precision
 from openjepa.errors import UserError, last_line
 from openjepa.masking import MaskingConfig, sample
 from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
+from openjepa.recipes.methods import METHODS
+from openjepa.recipes.named import RECIPES
+from openjepa.recipes.recipe import Recipe
 
 BASE = Case(
     "", ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6), PredictorConfig(width=96, depth=3), 32
@@ -80,6 +83,32 @@ FEW = (
     64,
     128,
 )  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
+
+
+def iteration(steps: int = 4) -> Rows:
+    """Operations of an image's step, forward and backward, by the published recipes, and I-JEPA's over MAE's of the same size.
+
+    Contexts are those of whole batches, 2,048 images; each method's own encoder, decoder and number of patches.
+    """
+    rows: Rows = []
+    for size in ("b16", "l16", "h14"):
+        found = {method: operations(RECIPES[f"{method}_vit{size}"](), steps) for method in ("mae", "ijepa")}
+        rows += [
+            {"recipe": f"{method}_vit{size}", "GFLOP": count / 1e9, "over MAE's": count / found["mae"]}
+            for method, count in found.items()
+        ]
+    return rows
+
+
+def operations(recipe: Recipe, steps: int) -> float:
+    """Of one image's matrix products in a step of a method of one view, the mean over steps."""
+    family, slots = METHODS[recipe.method], np.arange(recipe.data.batch_size)
+    masks = [
+        family.views(recipe).masks(recipe.seed, s, slots, slots[:1]).to(torch.device("meta")) for s in range(steps)
+    ]
+    with torch.device("meta"):  # shapes alone, no numbers
+        method, images = family.build(recipe), torch.zeros(1, recipe.model.channels, *recipe.model.image_size)
+    return work(method, images, masks)
 
 
 def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:

@@ -16,7 +16,7 @@ from rich.table import Table
 from openjepa.bench import parts
 from openjepa.bench.clock import Rows
 from openjepa.bench.compare import compare
-from openjepa.bench.cost import batches, scaling, start
+from openjepa.bench.cost import batches, iteration, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
 from openjepa.bench.fleet import fleet
@@ -41,6 +41,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
     "probe": parts.probe,
     "scaling": scaling,
     "batches": batches,
+    "iteration": iteration,
     "fleet": fleet,
     "start": start,
     "attention": parts.attention,

@@ -26,8 +26,9 @@ from openjepa.bench.clock import Rows, now, spread
 from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.engine.train import gradient_norm
-from openjepa.masking import MaskingConfig, Masks, sample
+from openjepa.masking import MaskingConfig, Masks, TokenMasks, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
+from openjepa.methods.method import Method
 from openjepa.models import layers
 from openjepa.models.layers import Block, Layout, PatchEmbed, Recompute, Shared, patchify, shared_attention, take
 from openjepa.models.predictor import PredictorConfig
@@ -264,10 +265,15 @@ def flops(case: Case, masks: Sequence[Masks], plain: Sequence[str] = ()) -> floa
     """
     with torch.device("meta"):  # shapes alone, no numbers
         method, images = IJEPA(case.model, case.predictor, LossConfig()), torch.zeros(1, 3, *case.model.image_size)
+    return work(method, images, [mask.rows(slice(0, 1)).to(images.device) for mask in masks], plain)
+
+
+def work(method: Method, images: Tensor, masks: Sequence[Masks | TokenMasks], plain: Sequence[str] = ()) -> float:
+    """Operations of a step's matrix products, forward and backward: the mean over masks of the images."""
     found = []
     for mask in masks:
         with without([*plain, "torch's attention"]), FlopCounterMode(display=False) as counter:
-            method(images, mask.rows(slice(0, 1)).to(images.device))["loss"].backward()
+            method(images, mask)["loss"].backward()
         found.append(counter.get_total_flops())
     return float(np.mean(found))
 
