@@ -1,9 +1,11 @@
 """Claims about surprise: the map is what it says, a planted error is found, and the command writes both."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -195,7 +197,21 @@ def test_the_reference_itself_is_usual_and_its_scores_are_kept_in_order():
     parts = remains(300)
     usual = Usual.of(parts.split(7))
     assert float(usual(parts).mean()) == pytest.approx(1, abs=0.25)  # the ridge takes a little of the calmest direction
-    assert np.allclose(usual.scores, np.sort(score(usual(parts[:64]))), rtol=1e-5)
+    assert len(usual.scores) == 64
+    assert (np.diff(usual.scores) >= 0).all()
+
+
+def test_reference_images_are_judged_by_the_others_as_new_ones_are_by_all():
+    generator = torch.Generator().manual_seed(0)
+    few, new = (torch.randn(n, 4, 40, generator=generator) for n in (50, 2000))
+    usual = Usual.of(few.split(7))
+    alone = [score(Usual.of([torch.cat([few[:i], few[i + 1 :]])])(few[i][None]))[0] for i in range(50)]
+    assert np.allclose(usual.scores, np.sort(alone), rtol=1e-4)
+    under = [(usual.scores < s).mean() for s in score(usual(new))]
+    assert np.mean(under) == pytest.approx(0.5, abs=0.07)
+    assert (
+        np.mean([(np.sort(score(usual(few))) < s).mean() for s in score(usual(new))]) > 0.8
+    )  # were they judged by themselves, too
 
 
 def test_fewer_images_than_directions_still_say_what_is_usual():
@@ -263,6 +279,52 @@ def test_without_truth_scores_are_written_and_it_is_said(monkeypatch, capsys, tm
     assert "nothing says what is odd" in text
     assert set(pq.read_table(out)["label"].to_pylist()) == {"blue", "red"}
     assert not out.with_suffix(".json").exists()
+
+
+def test_what_cannot_be_read_is_left_out_and_named(monkeypatch, capsys, tmp_path, trained, folder, cache):
+    for name in ("reference", "data"):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "blue" / "03.png").write_bytes(b"no image")
+    out = tmp_path / "s.parquet"
+    words = [
+        "--reference",
+        str(tmp_path / "reference"),
+        "--data",
+        str(tmp_path / "data"),
+        "--normal",
+        "blue",
+        "--out",
+        str(out),
+    ]
+    status, text, errors = command(
+        monkeypatch, capsys, "surprise", str(trained), *words, "--draw", str(tmp_path / "s.png")
+    )
+    assert status == 0, errors
+    assert "39 images scored" in text
+    assert "1 left out, which cannot be read, the first is blue/03.png" in text
+    assert Image.open(tmp_path / "s.png").text["openjepa"].startswith("openjepa surprise")
+    table = pq.read_table(out)
+    assert 3 not in table["id"].to_pylist()
+    assert table["path"].to_pylist()[3] == "blue/04.png"
+    assert table["label"].to_pylist() == 19 * ["blue"] + 20 * ["red"]
+    assert table["odd"].to_pylist() == 19 * [False] + 20 * [True]
+
+
+def test_nothing_but_scores_is_written_over(monkeypatch, capsys, tmp_path, trained, folder, cache):
+    words = ["surprise", str(trained), "--reference", str(folder), "--data", str(folder)]
+    out, photo = tmp_path / "s.parquet", tmp_path / "photo.png"
+    Image.new("RGB", (20, 20)).save(photo)
+    assert command(monkeypatch, capsys, *words, "--out", str(out))[0] == 0
+    assert command(monkeypatch, capsys, *words, "--out", str(out))[0] == 0  # its own are
+    features = tmp_path / "f.parquet"
+    pq.write_table(pa.table({"id": [1]}), features)
+    before = {file: file.read_bytes() for file in (features, photo)}
+    assert "holds no scores" in refused(monkeypatch, capsys, *words, "--out", str(features))
+    assert "no picture of openjepa's" in refused(monkeypatch, capsys, *words, "--out", str(out), "--draw", str(photo))
+    assert before == {file: file.read_bytes() for file in before}
+    for odd in ("s.csv", "s.json", "folder.parquet"):
+        (tmp_path / "folder.parquet").mkdir(exist_ok=True)
+        assert "of the kind .parquet" in refused(monkeypatch, capsys, *words, "--out", str(tmp_path / odd))
 
 
 def test_a_grey_reference_is_that_of_its_pixels_in_colour_and_colour_is_unusual_beside_it(

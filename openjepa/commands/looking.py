@@ -58,6 +58,7 @@ def surprise(args: argparse.Namespace, rest: list[str]) -> None:
     question = Question(
         **{name: getattr(args, name) for name in names},
         out=Path(args.out),
+        draw=Path(args.draw) if args.draw else None,
         block=whole_numbers("--block", args.block, 2),
         share=args.crop,
     )
@@ -100,6 +101,7 @@ def add(commands: Any) -> None:
     p.add_argument("--reference", metavar="SPEC", required=True, help="usual images, 100 or more")
     p.add_argument("--data", metavar="SPEC", required=True, help="images to score")
     p.add_argument("--out", metavar="FILE.parquet", required=True, help="id, path, label, score, map of each image")
+    p.add_argument("--draw", metavar="FILE.png", help="a picture of the images of the highest scores, with their maps")
     p.add_argument("--task", metavar="NAME", help="labels or masks that say what is odd, where it is not plain")
     p.add_argument(
         "--normal",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openjepa.commands.options import SPEC, height_and_width, looking, refuse, whole_numbers
+from openjepa.errors import UserError
 
 
 def embed(args: argparse.Namespace, rest: list[str]) -> None:
@@ -39,9 +40,9 @@ def search(args: argparse.Namespace, rest: list[str]) -> None:
         )
         return
     if args.draw:
-        from openjepa.engine.whole import refuse_unwritable
+        from openjepa.see.contact import refuse_picture
 
-        refuse_unwritable(Path(args.draw).parent)
+        refuse_picture(Path(args.draw), "--draw", [getattr(args, "image", "")])
     {"neighbours": search_neighbours, "duplicates": search_duplicates, "outliers": search_outliers}[args.question](
         args, opened(Path(args.table))
     )
@@ -68,6 +69,8 @@ def search_duplicates(args: argparse.Namespace, table: Any) -> None:
     from openjepa.recipes.looking import COLUMNS, Pictures, draw
     from openjepa.recipes.searching import duplicates
 
+    if args.n < 1:
+        raise UserError(f"-n {args.n}: give 1 or more")
     found = duplicates(table, args.above, pick_device(args.device))
     if args.json:
         print(json.dumps([[hit.said() for hit in group] for group in found], indent=1))
@@ -75,7 +78,9 @@ def search_duplicates(args: argparse.Namespace, table: Any) -> None:
         print(f"{len(found)} groups of {sum(map(len, found))} images, alike to {args.above} or more")
         for group in found[: args.n]:
             say(group, False)
-    if args.draw and found:
+    if args.draw and not found:
+        print("nothing to draw", file=sys.stderr)
+    elif args.draw:
         pictures = Pictures(table, args.data)
         draw([[pictures.tile(hit) for hit in group[:COLUMNS]] for group in found[: args.n]], Path(args.draw))
         print(f"drawn: {args.draw}", file=sys.stderr)

@@ -82,6 +82,13 @@ class Images(Dataset[Tensor]):
     def flips(self, i: int) -> bool:
         return False
 
+    def try_read(self, i: int) -> Tensor | None:
+        """An image, or None where it cannot be read."""
+        try:
+            return self[i]
+        except UserError:
+            return None
+
     def read(self, i: int) -> tuple[Tensor, int]:
         """An image, and the hash of its contents before decoding."""
         index = int(self.indices[i])
@@ -93,6 +100,14 @@ class Images(Dataset[Tensor]):
                 return torch.zeros(self.view.channels, *self.view.size, dtype=torch.uint8), 0
             raise UserError(f"unreadable image {self.source.name(index)} ({error}): leave it out") from error
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), content_hash(raw)
+
+
+def readable(images: Images) -> tuple[Tensor, list[int]]:
+    """All that can be read, uint8 [n, channels, H, W], and their places among the images. Raises UserError where none can."""
+    found = [(pixels, i) for i in range(len(images)) if (pixels := images.try_read(i)) is not None]
+    if not found:
+        images[0]  # says why
+    return torch.stack([pixels for pixels, _ in found]), [i for _, i in found]
 
 
 def content_hash(raw: Raw) -> int:

@@ -139,7 +139,7 @@ def pixels(images: Tensor, patch: int) -> Tensor:
 class Usual:
     """What remains of the patches of a reference set. mean: [N, D], at each place; whitening: [D, D], of all places together.
 
-    scores: those of some of the reference images themselves, in rising order.
+    scores: of some of the reference images, each judged by the others as a new image is by all, in rising order.
     """
 
     mean: Tensor
@@ -149,7 +149,7 @@ class Usual:
 
     @classmethod
     def of(cls, parts: Iterable[Tensor]) -> Usual:
-        """parts: remains of the reference images, [B, N, D] each. Raises UserError for fewer than two images."""
+        """parts: remains of the reference images, [B, N, D] each. Raises UserError for fewer than three images."""
         kept: list[Tensor] = []
         first, second, count = torch.zeros(()), torch.zeros(()), 0
         for part in parts:
@@ -158,15 +158,24 @@ class Usual:
             exact = part.double()
             first, second = first + exact.sum(0), second + torch.einsum("bnd,bne->de", exact, exact)
             count += len(part)
-        if count < 2:
-            raise UserError(f"a reference of {count} images does not say what is usual: give 2, better 100 or more")
+        if count < 3:
+            raise UserError(f"a reference of {count} images does not say what is usual: give 3, better 100 or more")
+        found, scores = cls.from_sums(first, second, count), []
+        for one in torch.cat(kept):
+            exact = one.double()
+            others = cls.from_sums(first - exact, second - exact.T @ exact, count - 1)
+            scores.append(score(others(one[None]))[0])
+        return replace(found, scores=np.sort(np.array(scores)))
+
+    @classmethod
+    def from_sums(cls, first: Tensor, second: Tensor, count: int) -> Usual:
+        """first: [N, D], the sum over images; second: [D, D], that of products over images and places."""
         mean = first / count
         covariance = (second - count * mean.T @ mean) / ((count - 1) * len(mean))
         d = len(covariance)
         lifted = covariance + (RIDGE * covariance.trace() / d + 1e-12) * torch.eye(d, dtype=covariance.dtype)
         whitening = torch.linalg.inv(torch.linalg.cholesky(lifted)).T
-        found = cls(mean.float(), whitening.float(), np.empty(0), count)
-        return replace(found, scores=np.sort(score(found(torch.cat(kept)))))
+        return cls(mean.float(), whitening.float(), np.empty(0), count)
 
     def __call__(self, remains: Tensor) -> np.ndarray:
         """[B, N, D] to how unusual each patch is, float32 [B, N]: 1 on average over the reference."""

@@ -28,9 +28,9 @@ from openjepa.decoder.place import Place, Rectangle, paste, snapped
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.engine import checkpoint
 from openjepa.engine.device import pick_device
-from openjepa.engine.whole import refuse_unwritable, write_whole
+from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError, first_line
-from openjepa.evaluate.features import Images, View
+from openjepa.evaluate.features import Images, View, readable
 from openjepa.evaluate.scores import Answer
 from openjepa.masking import Masks
 from openjepa.masking import sample as draw_masks
@@ -40,6 +40,7 @@ from openjepa.recipes.methods import decoder_of, refuse_another
 from openjepa.recipes.pretrain import pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override
 from openjepa.rng import permutation
+from openjepa.see.contact import MARK, refuse_picture
 from openjepa.see.sheet import LARGEST, Cell, sheet
 
 OF_THE_RUN = ("method", "model.", "data.mean", "data.std", "rcdm.run", "rcdm.step", "rcdm.fingerprint")
@@ -235,11 +236,16 @@ def refuse_none(**counts: int) -> None:
             raise UserError(f"--{name} {count}: give 1 or more")
 
 
-def refuse_no_png(out: Path) -> None:
-    """Raises UserError for a place where no PNG can be written, before anything is painted."""
+def refuse_no_png(out: Path, reads: Sequence[str], each: int) -> None:
+    """Raises UserError for a place where no PNG can be written, or that holds another's, before anything is painted.
+
+    reads: the images asked about. each: of how many images every sample is written, too.
+    """
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UserError(f"--out {out}: give a file of the kind .png, which holds seeds and boxes beside the picture")
-    refuse_unwritable(out.parent)
+    others = [file for i in range(each) for file in out.parent.glob(f"{out.stem}-{i}-*.png")]
+    for file in (out, *others):
+        refuse_picture(file, "--out", reads)
 
 
 def read_picture(word: str) -> bytes:
@@ -253,7 +259,7 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
            box: Rectangle | None, device: str = "auto", each: bool = False) -> list[Path]:  # fmt: skip
     """The paper's figure: a row an image, its context, and samples in their place. Returns the files. Raises UserError."""
     refuse_none(rows=rows, samples=samples)
-    refuse_no_png(out)
+    refuse_no_png(out, words, rows * len(words) if each else 0)
     loaded = load_decoder(source, decoder, device)
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
     drawn, shown, painted = figure_of(loaded, found, samples, sampling, box)
@@ -287,7 +293,7 @@ def save(out: Path, drawn: Image.Image, painted: Sequence[Tensor], about: dict[s
                 files.append((out.with_name(f"{out.stem}-{i}-{k}.png"), to_image(picture), own))
     for file, image, said in files:
         info = PngInfo()
-        info.add_text("openjepa", json.dumps(said))
+        info.add_text(MARK, json.dumps(said))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file, "PNG", pnginfo=info)
@@ -310,7 +316,7 @@ def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, 
     Raises UserError.
     """
     refuse_none(samples=samples)
-    refuse_no_png(out)
+    refuse_no_png(out, [image], int(each))
     loaded = load_decoder(source, decoder, device)
     if loaded.recipe.rcdm.of != "prediction":
         raise UserError(
@@ -361,7 +367,9 @@ def check(source: str, decoder: str, data: str, *, images: int, gallery: int, sa
         )
     chosen = permutation(sampling.seed, "faithfulness", 0, len(found))[:gallery]
     seen = Images(found, chosen, View(model.image_size, model.channels))
-    pixels = torch.stack([seen[i] for i in range(gallery)])
+    pixels, _ = readable(seen)
+    if (gallery := len(pixels)) < images:
+        raise UserError(f"{data}: {gallery} images of the gallery can be read, fewer than --images {images}")
     masks = draw_masks(loaded.recipe.masking, model.grid, sampling.seed, 0, np.arange(POSITIONS))
     result = faithfulness(
         loaded.method, pixels, masks, images, samples, sampling, beside.method if beside else None,

@@ -18,7 +18,7 @@ from openjepa.data.sources import Source, open_source, read_file
 from openjepa.engine.device import pick_device
 from openjepa.engine.whole import new_folder, refuse_full, refuse_unwritable, write_whole
 from openjepa.errors import UserError, printable
-from openjepa.evaluate.features import Images
+from openjepa.evaluate.features import Images, readable
 from openjepa.masking import Grid
 from openjepa.models.encoder import Encoder
 from openjepa.recipes.exchange import Trained, load_run
@@ -176,9 +176,8 @@ def reference_of(asked: Looking, trained: Trained, found: Found) -> Source | Non
 def sampled(reference: Source, view: PatchView) -> tuple[Tensor, Tensor, list[str]]:
     """A fixed random choice: a few for measures, more to be searched, and the names of those."""
     chosen = permutation(0, "inspect", 0, len(reference))[:SEARCHED]
-    images = Images(reference, chosen, view, skip_bad=True)
-    everything = torch.stack([images[i] for i in range(len(images))])
-    return everything[:BASIS], everything, [reference.name(int(i)) for i in chosen]
+    everything, places = readable(Images(reference, chosen, view))
+    return everything[:BASIS], everything, [reference.name(int(chosen[i])) for i in places]
 
 
 # ---------------------------------------------------------------- pictures

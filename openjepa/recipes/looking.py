@@ -17,7 +17,7 @@ from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, View
 from openjepa.recipes.embedding import encoder_of, features_of
 from openjepa.recipes.searching import Hit, Table
-from openjepa.see.contact import Tile, contact_sheet
+from openjepa.see.contact import Tile, contact_sheet, save_picture
 
 WIDE = 192  # pixels of an image's longer side in a picture, at least
 COLUMNS = 8  # of a contact sheet
@@ -208,10 +208,7 @@ def of_image(looker: Looker, table: Table, raw: Raw, name: str, region: Region |
 
 def draw(rows: Sequence[Sequence[Tile]], file: Path) -> None:
     """A contact sheet, as the kind of picture that the file's name says. Raises UserError."""
-    try:
-        contact_sheet(rows).savefig(file, dpi=150)
-    except ValueError as error:
-        raise UserError(f"--draw {file}: {first_line(error)}") from error
+    save_picture(contact_sheet(rows), file)
 
 
 def wrapped(tiles: Sequence[Tile]) -> list[Sequence[Tile]]:

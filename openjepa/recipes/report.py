@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from openjepa.data.sources import Source, open_source
@@ -19,7 +18,7 @@ from openjepa.engine.device import pick_device
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate import answers, suite
-from openjepa.evaluate.features import Images, View
+from openjepa.evaluate.features import Images, View, readable
 from openjepa.models.encoder import Encoder
 from openjepa.recipes import decoding
 from openjepa.recipes.exchange import Trained, load_run, refuse_decoder
@@ -257,7 +256,7 @@ def surprising(trained: Trained, source: Source, images: Tensor) -> list[Section
     text = (
         "How far the predictor is from the target encoder's features of a patch, hidden with its block and told from the rest; "
         f"below, how unusual that is beside {judge.usual.images} of the run's images. Above, the most unusual patch, and the share "
-        "of those images that stay under it."
+        f"of {len(judge.usual.scores)} of them that stay under it."
     )
     alt = f"Images, most unusual patches of {', '.join(f'{s:.1f}' for s in scores)}, and maps of the surprise of all patches"
     figure = pictures.surprise_figure(images[:SHOWN], energies, unusual, judge.usual.scores)
@@ -327,8 +326,7 @@ def said(answer: dict[str, Any] | None) -> str:
 def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """A fixed random choice of images, uint8 [n, C, H, W]."""
     chosen = permutation(seed, "report", 0, len(source))[:SEARCHED]
-    images = Images(source, chosen, View(size, channels, squash=source.whole), skip_bad=True)
-    return torch.stack([images[i] for i in range(len(images))])
+    return readable(Images(source, chosen, View(size, channels, squash=source.whole)))[0]
 
 
 def pretty(value: Any) -> str:

@@ -6,8 +6,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,7 +28,7 @@ from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate import anomalies, suite
 from openjepa.evaluate.anomalies import Levels, image_auroc
-from openjepa.evaluate.features import Images, View, short_hash
+from openjepa.evaluate.features import Hashed, Images, View, short_hash
 from openjepa.evaluate.scores import IGNORED
 from openjepa.evaluate.surprise import Remains, Surprise, Usual, pixels, score, usual_block
 from openjepa.evaluate.views import Maps
@@ -37,11 +37,14 @@ from openjepa.methods.ijepa import IJEPA
 from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.pretrain import build
 from openjepa.rng import permutation
+from openjepa.see.contact import refuse_picture, save_picture
+from openjepa.see.pictures import surprise_figure
 
+SHOWN = 8  # images of the highest scores that are drawn
 BATCH = 16  # images whose energies are computed together
 REFERENCE = 1000  # images that statistics are of, at most
 NORMAL = ("normal", "good", "ok", "background")  # names of the class that is not odd
-VERSION = 2  # of what the cache holds
+VERSION = 3  # of what the cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class Question:
     stride: int = 1
     share: float = 1.0
     squash: bool = False
+    draw: Path | None = None  # a picture of the highest scores
     precision: Precision | None = None  # none: the run's
     device: str = "auto"
 
@@ -148,17 +152,26 @@ def judge_of(surprise: Surprise, trained: Trained, source: Source, view: View, m
 
 
 def usual_of(remains: Remains, images: Images, workers: int = 0) -> Usual:
+    """Of those that can be read. Raises UserError for too few."""
     return Usual.of(remains(batch) for batch in batches(images, workers))
 
 
 def reference_images(source: Source, view: View, most: int = REFERENCE) -> Images:
     """Those that statistics are of: all, or a fixed random choice."""
     chosen = np.sort(permutation(0, "surprise reference", 0, len(source))[:most])
-    return Images(source, chosen, view)
+    return Images(source, chosen, view, skip_bad=True)
 
 
-def batches(images: Images, workers: int = 0) -> Iterator[Tensor]:
-    return loaded(images, workers, batch_size=BATCH)
+def batches(images: Images, workers: int = 0, unread: list[int] | None = None) -> Iterator[Tensor]:
+    """Of those that can be read. unread: gets the places of the others."""
+    place = 0
+    for batch, hashes in loaded(Hashed(images), workers, batch_size=BATCH):
+        good = hashes != 0
+        if unread is not None:
+            unread += (place + (~good).nonzero()[:, 0]).tolist()
+        place += len(good)
+        if good.any():
+            yield batch[good]
 
 
 # ---------------------------------------------------------------- what is odd
@@ -172,6 +185,11 @@ class Truth:
     normal: str
     odd: np.ndarray
     masks: Callable[[int], np.ndarray] | None
+
+    def of(self, chosen: Sequence[int] | np.ndarray) -> Truth:
+        """Of some of the images."""
+        index, masks = np.asarray(chosen), self.masks
+        return replace(self, odd=self.odd[index], masks=masks and (lambda i: masks(int(index[i]))))
 
 
 def truth_of(source: Source, view: View, task: str | None, normal: str | None) -> Truth | None:
@@ -218,7 +236,9 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
 
     Returns the records of the latter. Raises UserError.
     """
-    refuse_unwritable(question.out.parent)
+    refuse_other_than_scores(question.out)
+    if question.draw:
+        refuse_picture(question.draw, "--draw")
     trained = load_run(question.run)
     surprise = surprise_of(trained, question.block, question.stride, question.precision, question.device)
     size = trained.recipe.model.image_size
@@ -226,12 +246,22 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
     views = [view_of(trained, s, question.share, question.squash) for s in (reference, source)]
     truth = truth_of(source, views[1], question.task, question.normal)
     judge = judge_of(surprise, trained, reference, views[0])
-    images = Images(source, np.arange(len(source)), views[1])
-    workers = pick_workers(None, surprise.blocks.device)
-    parts = [judge(batch) for batch in batches(images, workers)]
+    workers, unread = pick_workers(None, surprise.blocks.device), list[int]()
+    every = Images(source, np.arange(len(source)), views[1], skip_bad=True)
+    parts = [judge(batch) for batch in batches(every, workers, unread)]
+    if not parts:
+        Images(source, every.indices, views[1])[0]  # says why
     found = Judged(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    write_scores(question, trained, source, found, truth)
+    images = Images(source, np.delete(every.indices, unread), views[1])
+    truth = truth and truth.of(images.indices)
+    write_scores(question, trained, images, found, truth)
     console.print(f"{len(found.scores)} images scored, {question.out}", highlight=False, soft_wrap=True)
+    if unread:
+        text = f"{len(unread)} left out, which cannot be read, the first is {source.name(unread[0])}"
+        console.print(text, highlight=False, soft_wrap=True)
+    if question.draw:
+        draw(question.draw, images, found, judge, truth)
+        console.print(f"drawn: {question.draw}", highlight=False, soft_wrap=True)
     if truth is None:
         text = "nothing says what is odd in these images (--task and --normal name labels or masks)"
         console.print(text, highlight=False, soft_wrap=True)
@@ -295,14 +325,42 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
     return out
 
 
-def write_scores(question: Question, trained: Trained, source: Source, found: Judged, truth: Truth | None) -> None:
+def draw(file: Path, images: Images, found: Judged, judge: Judge, truth: Truth | None) -> None:
+    """The images of the highest scores, in that order, with their maps and what is odd by its mask outlined."""
+    first = np.argsort(-found.scores, kind="stable")[:SHOWN]
+    pixels = torch.stack([images[int(i)] for i in first])
+    masks = [truth.masks(int(i)) for i in first] if truth and truth.masks else None
+    figure = surprise_figure(pixels, found.energies[first], found.unusual[first], judge.usual.scores, masks)
+    save_picture(figure, file)
+
+
+def refuse_other_than_scores(out: Path) -> None:
+    """Raises UserError for a place where no scores belong, or where something else lies."""
+    import pyarrow.parquet as pq
+
+    refuse_unwritable(out.parent)
+    if out.suffix != ".parquet" or out.is_dir():
+        raise UserError(f"--out {out}: give a file of the kind .parquet")
+    beside = out.with_suffix(".json")
+    try:
+        kept = not out.exists() or b"1 on average over the reference" in (pq.read_schema(out).metadata or {}).get(
+            b"openjepa", b""
+        )
+        kept = kept and (not beside.exists() or "reference" in json.loads(beside.read_text()))
+    except (OSError, ValueError, TypeError):
+        kept = False
+    if not kept:
+        raise UserError(f"{out} or {beside.name} beside it is there and holds no scores: choose another name")
+
+
+def write_scores(question: Question, trained: Trained, images: Images, found: Judged, truth: Truth | None) -> None:
     """One row an image: id, path, label, score, and two maps, each a list of rows * columns numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    n, rows, columns = found.unusual.shape
+    (n, rows, columns), source, ids = found.unusual.shape, images.source, [int(i) for i in images.indices]
     task = next((name for name in (truth and truth.task, "label") if name in source.labels), None)
-    labels = [source.classes[task][i] for i in source.labels[task]] if task else [None] * n
+    labels = [source.classes[task][source.labels[task][i]] for i in ids] if task else [None] * n
     about = {
         "rows": rows, "columns": columns, "run": question.run, "step": trained.step,
         "fingerprint": trained.fingerprint(), "reference": question.reference,
@@ -313,8 +371,8 @@ def write_scores(question: Question, trained: Trained, source: Source, found: Ju
         return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), rows * columns)
 
     fields: dict[str, Any] = {
-        "id": pa.array(range(n), pa.int64()),
-        "path": pa.array([source.name(i) for i in range(n)], pa.string()),
+        "id": pa.array(ids, pa.int64()),
+        "path": pa.array([source.name(i) for i in ids], pa.string()),
         "label": pa.array(labels, pa.string()),
         "score": pa.array(found.scores, pa.float32()),
         "map": maps(found.unusual),
