@@ -22,7 +22,7 @@ from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
 from openjepa.masking import Masks
 from openjepa.recipes.decoder import small
-from openjepa.recipes.decoding import Decoder, check, load_decoder, show, train
+from openjepa.recipes.decoding import FAITHFULNESS, Decoder, check, hidden, load_decoder, show, train
 from openjepa.recipes.exchange import load_run
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import saved_recipe
@@ -163,6 +163,37 @@ def test_a_photograph_is_completed_whole_and_its_sheet_is_no_wider_than_a_screen
     assert Image.open(out).width < 3 * 1024 + 200
 
 
+def test_no_picture_is_written_over_but_its_own(trained, decoder, monkeypatch, capsys, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40), (9, 90, 160)).save(photo)
+    before = photo.read_bytes()
+    words = ["decode", "complete", str(trained), str(photo), "--decoder", str(decoder), "--box", "8,8,20,16",
+             "--steps", "2", "--samples", "2", "--device", "cpu", "--out"]  # fmt: skip
+    assert "is what is asked about" in refused(monkeypatch, capsys, *words, str(photo))
+    other = tmp_path / "out-0-1.png"
+    other.write_bytes(before)
+    assert "no picture of openjepa's" in refused(monkeypatch, capsys, *words, str(tmp_path / "out.png"), "--each")
+    assert photo.read_bytes() == other.read_bytes() == before
+    other.unlink()
+    for _ in range(2):  # its own are written over
+        assert command(monkeypatch, capsys, *words, str(tmp_path / "out.png"), "--each")[0] == 0
+
+
+def test_what_the_encoder_does_not_see_is_pale(loaded):
+    wide = show(loaded, "wide", np.zeros((32, 96, 3), np.uint8), (40, 8, 12, 12), 0, 0)
+    given = hidden(wide)
+    left, _, right, _ = map(round, wide.place.window)
+    assert 20 < right - left < 96
+    assert given[:, 0, left:right].max() == 0
+    assert (torch.cat([given[:, 0, :left], given[:, 0, right:]], 1) == 178).all()
+
+
+def test_images_of_all_sizes_are_about_as_large_in_a_sheet():
+    cells = [Cell(torch.zeros(3, h, w, dtype=torch.uint8)) for h, w in ((32, 32), (200, 600), (5, 4))]
+    sizes = [draw(cell, 600).size for cell in cells]
+    assert sizes == [(608, 608), (600, 200), (480, 600)]
+
+
 def test_an_outline_stays_around_its_box_in_a_shrunk_image():
     pixels = torch.zeros(3, 2048, 4096, dtype=torch.uint8)
     pixels[:, 400:800, 1200:2000] = 255
@@ -203,6 +234,15 @@ def test_faithfulness_is_told_with_controls_and_intervals(trained, decoder, fold
     with pytest.raises(UserError, match="train one with"):
         check(str(trained), str(decoder), str(folder), images=16, gallery=24, samples=2, sampling=FEW, console=QUIET,
               control=str(decoder), out=tmp_path, device="cpu")  # fmt: skip
+    kept = shutil.copytree(decoder, tmp_path / "kept")
+    about = {"images": 16, "samples": 4, "conditions": {OWN: {}, "random encoder's": {}}}
+    (kept / FAITHFULNESS).write_text(json.dumps(about))
+    for many in (2, 4):  # fewer, and as many without a control
+        with pytest.raises(UserError, match="holds a check of 16 images x 4 samples and a control: --out FOLDER"):
+            check(
+                str(trained), str(kept), str(folder), images=16, gallery=24, samples=many, sampling=FEW, console=QUIET
+            )
+    assert json.loads((kept / FAITHFULNESS).read_text()) == about
     with pytest.raises(UserError, match="give a multiple of 8"):
         check(str(trained), str(decoder), str(folder), images=20, gallery=24, samples=2, sampling=FEW, console=QUIET)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from openjepa.recipes import decoding
 from openjepa.recipes.report import report
 from openjepa.see.report import LARGE, Section, encoded, facts, html_table, write_report
-from tests.helpers import command, refused
+from tests.helpers import refused
 
 
 @pytest.fixture(autouse=True)
@@ -105,16 +105,31 @@ def test_a_decoder_beside_the_run_is_found_and_another_runs_is_not(run, decoder,
     assert "painter, at its step 10, paints the block from the prediction" in section
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])  # other weights now
     assert "no decoder of this run" in Page(report(run)).section("What a decoder paints")
-    status, _, _ = command(monkeypatch, capsys, "report", str(run), "--decoder", str(decoder))
-    assert status == 0
-    assert "made for another encoder" in Page(run / "report.html").section("What a decoder paints")
+    before = (run / "report.html").read_text()
+    assert "made for another encoder" in refused(monkeypatch, capsys, "report", str(run), "--decoder", str(decoder))
+    assert "nowhere" in refused(monkeypatch, capsys, "report", str(run), "--decoder", "nowhere")
+    assert (run / "report.html").read_text() == before
+
+
+def test_images_that_are_others_now_are_not_drawn_as_the_runs_own(run, folder, tmp_path):
+    (tmp_path / "others").mkdir()
+    Image.new("RGB", (36, 40)).save(tmp_path / "others" / "a.png")
+    about = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(about | {"data": str(tmp_path / "others")}))
+    page = Page(report(run))
+    assert "holds other images now than those that" in page.section("What images look alike")
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1  # the curves
 
 
 def test_what_decode_check_found_is_beside_the_samples(run, decoder):
     painter = shutil.copytree(decoder, run / "painter")
-    known = {"metrics": {"mrr": "…"}, "conditions": {"its own": {"mrr": {"value": 0.25, "interval": [0.2, 0.3]}}}}
+    known = {"metrics": {"mrr": "…"}, "conditions": {"its own": {"mrr": {"value": 0.25, "interval": [0.2, 0.3]}}},
+             "gallery": 40, "chance": {"mrr": 0.107}}  # fmt: skip
     (painter / decoding.FAITHFULNESS).write_text(json.dumps(known))
-    assert "<td class=n>0.25 ± 0.05</td>" in Page(report(run)).section("What a decoder paints")
+    section = Page(report(run)).section("What a decoder paints")
+    assert "<td class=n>0.25 ± 0.05</td>" in section
+    assert "<td>chance</td><td class=n>0.107</td>" in section
+    assert "ranks among 40 by distance" in section
     (painter / decoding.FAITHFULNESS).write_text('{"metrics": 3}')
     assert "cannot be read" in Page(report(run)).section("What a decoder paints")
 

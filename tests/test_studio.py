@@ -202,7 +202,7 @@ def test_what_the_studio_cannot_show_is_told_in_one_line(monkeypatch, capsys, tr
 def test_a_run_whose_images_are_gone_asks_for_others(trained, folder, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "data.json").write_text(json.dumps(json.loads((run / "data.json").read_text()) | {"data": "gone/images"}))
-    with pytest.raises(UserError, match=r"'gone/images'.*name some: --data SPEC"):
+    with pytest.raises(UserError, match=r"'gone/images'.*name some, --data SPEC"):
         Studio(str(run), device="cpu")
     assert len(Studio(str(run), data=str(folder), device="cpu").source) > 0
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from openjepa import __version__
 from openjepa.data.decode import BadImage, Raw, decode
 from openjepa.data.sources import EXTENSIONS, open_source, read_file
-from openjepa.decoder.faithful import METRICS, OWN, POSITIONS, REAL, Faithfulness, faithfulness
+from openjepa.decoder.faithful import METRICS, OWN, POSITIONS, RANDOM, REAL, Faithfulness, faithfulness
 from openjepa.decoder.paint import Sampling, paint
 from openjepa.decoder.place import Place, Rectangle, paste, snapped
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
@@ -178,7 +178,10 @@ def show(decoder: Decoder, name: str, raw: Raw, box: Rectangle | None, number: i
     except BadImage as error:
         raise UserError(f"{name}: {error}") from error
     height, width = pixels.shape[:2]
-    whole = snapped(box or (width // 2, height // 2, 1, 1), (width, height), model.grid, model.patch_size)
+    try:
+        whole = snapped(box or (width // 2, height // 2, 1, 1), (width, height), model.grid, model.patch_size)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     if box is None:
         masks = draw_masks(recipe.masking, model.grid, seed, 0, np.array([number]))
         rows, columns = np.divmod(masks.targets[0, 0].numpy(), model.grid[1])
@@ -205,9 +208,13 @@ def placed(decoder: Decoder, shown: Shown, squares: Tensor) -> Tensor:
 
 
 def hidden(shown: Shown) -> Tensor:
-    """The image with its block grey."""
+    """The image with its block grey, and pale where the encoder does not look."""
     left, top, right, bottom = shown.place.box
     result = shown.pixels.clone()
+    seen = torch.zeros(result.shape[1:], dtype=torch.bool)
+    x0, y0, x1, y1 = (round(side) for side in shown.place.window)
+    seen[y0:y1, x0:x1] = True
+    result[:3] = torch.where(seen, result[:3], (255 - (255 - result[:3].float()) * PALE).to(torch.uint8))
     result[:, top:bottom, left:right] = 128
     return result
 
@@ -347,6 +354,7 @@ def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, 
 # ---------------------------------------------------------------- is it true?
 
 FAITHFULNESS = "faithfulness.json"
+PALE = 0.3  # of its contrast that is left where the encoder does not look
 
 
 def check(source: str, decoder: str, data: str, *, images: int, gallery: int, samples: int, sampling: Sampling,
@@ -357,6 +365,9 @@ def check(source: str, decoder: str, data: str, *, images: int, gallery: int, sa
     beside = load_decoder(source, control, device) if control else None
     if beside and (why := no_control(loaded.recipe.rcdm, beside.recipe.rcdm)):
         raise UserError(f"--control {control} {why}")
+    file = (out or checkpoint.locate(Path(decoder))[0]) / FAITHFULNESS
+    if not out and (more := larger_check(file, images * samples, bool(control))):
+        raise UserError(f"{file} holds {more}: --out FOLDER for a smaller one")
     model = loaded.trained.recipe.model
     found = open_source(data, model.image_size)
     gallery = min(gallery, len(found))
@@ -384,13 +395,25 @@ def check(source: str, decoder: str, data: str, *, images: int, gallery: int, sa
         "ahead": {name: plain(result.ahead(name)) for name in result.values if name not in (OWN, REAL)},
     }
     console.print(table_of(result, f"{decoder}: {images} images x {samples} samples, among {gallery} of {data}"))
-    file = (out or checkpoint.locate(Path(decoder))[0]) / FAITHFULNESS
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {first_line(error)}") from error
     return file
+
+
+def larger_check(file: Path, samples: int, control: bool) -> str | None:
+    """What a check that was kept had, and one of so many samples, with or without a control, would not have."""
+    try:
+        kept = json.loads(file.read_text())
+        had = kept["images"] * kept["samples"]
+        with_control = RANDOM in kept["conditions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if had > samples or (with_control and not control):
+        return f"a check of {kept['images']} images x {kept['samples']} samples" + " and a control" * with_control
+    return None
 
 
 def no_control(config: RCDMConfig, control: RCDMConfig) -> str | None:
@@ -412,7 +435,7 @@ def plain(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
 def table_of(result: Faithfulness, title: str) -> Table:
     """A row a condition: the mean over images, and half the width of its 95 % interval."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    metrics = list(result.values[OWN])
+    metrics = [metric for metric in result.values[OWN] if metric != "pixel_change"]  # in the file alone
     table.add_column("painted from", no_wrap=True)
     for words in (metric.split("_") for metric in metrics):
         table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)), overflow="fold")

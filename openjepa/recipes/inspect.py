@@ -23,7 +23,7 @@ from openjepa.masking import Grid
 from openjepa.models.encoder import Encoder
 from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.methods import METHODS
-from openjepa.recipes.pretrain import random_encoder, saved_data
+from openjepa.recipes.pretrain import own_images, random_encoder
 from openjepa.recipes.surprise import PatchView, judge_of, surprise_of, view_of, without_predictor
 from openjepa.rng import permutation
 from openjepa.see import pictures
@@ -165,7 +165,7 @@ def reference_of(asked: Looking, trained: Trained, found: Found) -> Source | Non
     if asked.reference:
         return open_source(asked.reference, size)
     try:
-        return open_source(saved_data(trained.run)["data"], size)
+        return own_images(trained.run, size)
     except UserError as error:
         found.notes.append(
             f"no images to compare with, so no neighbours and raw energies alone (--reference SPEC): {error}"

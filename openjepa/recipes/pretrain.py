@@ -247,6 +247,15 @@ def saved_data(run: Path) -> dict[str, Any]:
         ) from error
 
 
+def own_images(run: Path, size: tuple[int, int]) -> Source:
+    """The images that a run was trained on. Raises UserError where they are gone, or others are in their place."""
+    data = saved_data(run)
+    source = open_source(data["data"], size)
+    if source.fingerprint() != data["fingerprint"]:
+        raise UserError(f"{data['data']} holds other images now than those that {run} was trained on")
+    return source
+
+
 def random_encoder(recipe: Recipe) -> Encoder:
     """The control: the same network with the random weights that all began with, those of the first run where there is one."""
     vit = build(recipe.before() or recipe).product

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from openjepa.data.sources import Source, open_source
+from openjepa.data.sources import Source
 from openjepa.decoder.paint import Sampling
 from openjepa.engine import checkpoint
 from openjepa.engine.device import pick_device
@@ -23,7 +25,7 @@ from openjepa.models.encoder import Encoder
 from openjepa.recipes import decoding
 from openjepa.recipes.exchange import Trained, load_run, refuse_decoder
 from openjepa.recipes.methods import METHODS
-from openjepa.recipes.pretrain import random_encoder, saved_data, saved_recipe
+from openjepa.recipes.pretrain import own_images, random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import Recipe, to_yaml
 from openjepa.recipes.surprise import judge_of, surprise_of, view_of, without_predictor
 from openjepa.rng import permutation
@@ -34,6 +36,7 @@ SHOWN = 8  # images in a row
 SEARCHED = 500  # images that neighbours are looked for in
 USUAL = 100  # images that tell what surprise is usual
 PAINTED, SAMPLES = 4, 4  # images that a decoder is shown, and samples of each
+SHOWN_METRICS = ("mrr", "first", "distance", "pixel_rmse", "feature_spread", "pixel_spread")
 SAMPLING = Sampling(sampler="ddim", steps=25)
 T = TypeVar("T")
 
@@ -42,15 +45,17 @@ def report(run: Path, decoder: Path | None = None) -> Path:
     """Write RUN/report.html from what the run's folder and its data hold. Returns its path.
 
     decoder: one of this run; unless told, one that lies in the run's folder or beside it. What cannot be drawn says why in its
-    place. Raises UserError for what is no run of an encoder, or has seen no images.
+    place. Raises UserError for what is no run of an encoder, or has seen no images, and for another run's decoder.
     """
     recipe, data = saved_recipe(run), saved_data(run)
     refuse_decoder(recipe, str(run))
+    if decoder:
+        decoding.load_decoder(str(run), str(decoder))  # raises where it is none of this run
     trained, refusal = attempted(lambda: load_run(run))
     if trained:
         for module in (trained.method, trained.normalise):
             module.to(pick_device("auto"))
-    source, gone = attempted(lambda: open_source(data["data"], recipe.model.image_size))
+    source, gone = attempted(lambda: own_images(run, recipe.model.image_size))
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed) if source else None
     metrics = read_metrics(run)
 
@@ -68,7 +73,8 @@ def report(run: Path, decoder: Path | None = None) -> Path:
     sections += needing("What surprises it", surprising)
     sections += needing("What patches look alike", lambda t, s, i: [patches(t, i)])
     sections += needing("What images look alike", lambda t, s, i: [alike(t, i)])
-    yaml = code("recipe.yaml", to_yaml(recipe)) + code("data.json", pretty(data))
+    again = shlex.join(["openjepa", "pretrain", "--config", "recipe.yaml", "--data", data["data"], "--out", "again"])
+    yaml = f"<pre>{html.escape(again)}</pre>" + code("recipe.yaml", to_yaml(recipe)) + code("data.json", pretty(data))
     sections.append(Section("How to make it again", "", body=yaml))
     steps = metrics[-1]["step"] if metrics else 0
     lead = f"{data['images']} images from {data['data']}, {steps} steps of {recipe.data.batch_size}, seed {recipe.seed}"
@@ -303,11 +309,17 @@ def faithful(decoder: Path) -> str:
     """The table of `decode check`, where it was asked."""
     try:
         known = json.loads((decoder / decoding.FAITHFULNESS).read_text())
-        metrics = known["metrics"]
+        metrics = [m for m in known["metrics"] if m in SHOWN_METRICS]
         rows = [
             [name, *(said(values.get(metric)) for metric in metrics)] for name, values in known["conditions"].items()
         ]
-        return html_table(["painted from"], [m.replace("_", " ") for m in metrics], rows)
+        rows.append(["chance", *(f"{known['chance'][m]:.3f}" if m in known["chance"] else "" for m in metrics)])
+        words = (
+            "Each sample is encoded anew. mrr and first: how high its own image ranks by distance among "
+            f"{known['gallery']}, 1 at most; more is truer. distance and pixel rmse: how far it is from what it was told, and from "
+            "the image; less is truer. spread: how much samples of one condition differ, as a share of what images do."
+        )
+        return f"<p>{words}</p>" + html_table(["painted from"], [m.replace("_", " ") for m in metrics], rows)
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -25,7 +25,8 @@ class Cell:
 
 def sheet(rows: Sequence[Sequence[Cell]], heads: Sequence[str]) -> Image.Image:
     """All cells on white, a row below a row, columns named above."""
-    drawn = [[draw(cell) for cell in row] for row in rows]
+    side = max(max(cell.pixels.shape[1:]) for row in rows for cell in row)
+    drawn = [[draw(cell, side) for cell in row] for row in rows]
     columns = [max(row[i].width for row in drawn if i < len(row)) for i in range(max(map(len, drawn)))]
     heights = [max(image.height for image in row) for row in drawn]
     letters = max(LETTERS, max(heights) // 20)
@@ -47,11 +48,11 @@ def sheet(rows: Sequence[Sequence[Cell]], heads: Sequence[str]) -> Image.Image:
     return result
 
 
-def draw(cell: Cell) -> Image.Image:
-    """A cell by itself. The outline lies outside of the box, or on the image's border."""
+def draw(cell: Cell, side: int = 0) -> Image.Image:
+    """A cell, about as large as one of `side` pixels. The outline lies outside of the box, or on the image's border."""
     pixels = cell.pixels[:3] if len(cell.pixels) >= 3 else cell.pixels[:1].expand(3, -1, -1)
     longer = max(pixels.shape[1:])
-    whole = max(1, round(SMALLEST / longer))
+    whole = max(1, round(min(max(SMALLEST, side), LARGEST) / longer))
     image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).repeat(whole, 0).repeat(whole, 1))
     times = float(whole)
     if longer > LARGEST:

@@ -130,9 +130,7 @@ def build(studio: Studio) -> Any:
         looked = gr.State(None, time_to_live=KEPT[1])
         with gr.Row(equal_height=True):
             with gr.Column(scale=1, min_width=260):
-                number = gr.Number(
-                    0, label=f"image of the run's data, 0 to {last:,}", precision=0, minimum=0, maximum=last
-                )
+                number = gr.Number(0, label=f"image of the run's data, 0 to {last:,}", precision=0)
                 another = gr.Button("another", size="sm")
             with gr.Column(scale=2, min_width=260):
                 upload = gr.File(label="or your own image", type="binary", file_types=["image"], height=120)
@@ -157,7 +155,7 @@ def build(studio: Studio) -> Any:
                 with gr.Column(visible=studio.decoder is not None):
                     gr.Markdown("**What the decoder paints** there")
                     samples = gallery("what the decoder paints there", SAMPLES)
-                    seed = gr.Number(0, label="seed of the samples' noise", precision=0, minimum=0)
+                    seed = gr.Number(0, label="seed of the samples' noise", precision=0)
             with gr.Tab("Patches"):
                 gr.Markdown("**Click a patch** of the image: the map shows what is like it, from 0 to 1 (cosine, less what is "
                             "usual at each place). Colours are the three principal components, the same for all.")  # fmt: skip

@@ -28,7 +28,7 @@ from openjepa.recipes.decoding import Decoder, Shown, hidden, hypotheses, load_d
 from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.expecting import Gallery
 from openjepa.recipes.looking import Looker, Pictures, Region, of_image, seen, shown
-from openjepa.recipes.pretrain import saved_data
+from openjepa.recipes.pretrain import own_images
 from openjepa.recipes.report import latest, spoken
 from openjepa.recipes.searching import Table, neighbours, opened
 from openjepa.recipes.surprise import Judge, PatchView, judge_of, surprise_of, view_of, without_predictor
@@ -289,9 +289,9 @@ def source_of(trained: Trained, data: str | None) -> Source:
     if data:
         return open_source(data, size)
     try:
-        return open_source(saved_data(trained.run)["data"], size)
+        return own_images(trained.run, size)
     except UserError as error:
-        raise UserError(f"{error}; the run's own images are gone from there, name some: --data SPEC") from error
+        raise UserError(f"{error}: name some, --data SPEC") from error
 
 
 def as_tensor(pixels) -> Tensor:  # type: ignore[no-untyped-def]
