@@ -18,12 +18,13 @@ from openjepa.decoder.condition import Condition
 from openjepa.decoder.faithful import OTHER, POSITIONS, faithfulness, moved
 from openjepa.decoder.paint import Sampling, paint, scheduler
 from openjepa.decoder.place import cut, paste, snapped
-from openjepa.decoder.rcdm import RCDM
+from openjepa.decoder.rcdm import RCDM, Denoiser
 from openjepa.masking import Masks, sample
 from openjepa.recipes import decoding
 from openjepa.recipes.decoder import small
 from openjepa.recipes.exchange import load_run
 from openjepa.recipes.methods import METHODS, decoder_of
+from openjepa.recipes.named import RECIPES
 from openjepa.recipes.recipe import override
 from tests.helpers import PAINTER
 
@@ -46,6 +47,21 @@ def batch_of(trained: Path, folder: Path, method: RCDM) -> tuple[Tensor, Masks]:
     recipe = override(recipe, {"data.batch_size": "8"})
     batch = Steps(open_source(str(folder)), recipe.data, METHODS["rcdm"].views(recipe), 0).batch(0)
     return method.normalise(batch.images), batch.masks
+
+
+@pytest.mark.parametrize(("name", "sides", "attends", "millions"), [
+    ("rcdm_64", [64, 32, 16, 8], [0, 0, 1, 1], 101),
+    ("rcdm_128", [128, 64, 32, 16, 8], [0, 0, 1, 1, 1], 422),
+])  # fmt: skip
+def test_large_decoders_are_adms(name, sides, attends, millions):
+    config = RECIPES[name]().rcdm
+    assert config.sides == sides
+    with torch.device("meta"):
+        denoiser = Denoiser(config, 3, 1280)
+        out = denoiser(torch.zeros(2, 3, sides[0], sides[0]), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1280))
+    assert out.shape == (2, 6, sides[0], sides[0])  # the noise and its variance
+    assert [hasattr(block, "attentions") for block in denoiser.unet.down_blocks] == [bool(a) for a in attends]
+    assert round(sum(p.numel() for p in denoiser.parameters()) / 1e6) == millions
 
 
 # ---------------------------------------------------------------- the loss

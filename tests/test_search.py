@@ -234,6 +234,35 @@ def test_planted_duplicates_are_found_and_nothing_else(tmp_path):
     assert found[0][1].score == pytest.approx(cosines(whitened(vectors), whitened(vectors)[7])[40], abs=1e-5)
 
 
+def test_among_few_images_distances_are_their_own(tmp_path):
+    """Scaled to the same variance in all directions, seven images would all be as far apart."""
+    vectors = scattered(7, dim=32)
+    vectors[3] = vectors[0] + 0.05
+    table = Table(build(features_file(tmp_path / "f.parquet", vectors), tmp_path / "t").folder)
+    centred = vectors - vectors.mean(0)
+    found = neighbours(table, table.vector(0), 7)
+    best = cosines(centred, centred[0])
+    assert [hit.id for hit in found] == np.argsort(-best).tolist()
+    assert [hit.score for hit in found] == pytest.approx(np.sort(best)[::-1].tolist(), abs=1e-5)
+    assert found[1].id == 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_and_copies_of_one_are_alike(tmp_path, count, monkeypatch, capsys):
+    file = features_file(tmp_path / "f.parquet", np.repeat(scattered(1), count, 0))
+    status, said, error = command(
+        monkeypatch, capsys, "search", "duplicates", str(file), "--draw", str(tmp_path / "d.png"), "--json"
+    )
+    if count == 1:
+        assert (status, json.loads(said), error) == (0, [], "nothing to draw\n")
+    else:
+        assert [[hit["id"] for hit in group] for group in json.loads(said)] == [[0, 1]]
+    assert "give 1 or more" in refused(monkeypatch, capsys, "search", "duplicates", str(file), "-n", "0")
+    assert "of the kind .png" in refused(
+        monkeypatch, capsys, "search", "outliers", str(file), "--draw", str(tmp_path / "d")
+    )
+
+
 def test_pairs_and_neighbours_do_not_depend_on_the_tile(monkeypatch):
     vectors = torch.from_numpy(scattered(100) - 5)
     all_at_once = kth_similarity(vectors, 7), groups(100, near_pairs(vectors, 0.6))

@@ -13,11 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 TILE = 4096  # rows and columns of a block of pairs: 64 MB of similarities
-MOST, EACH, FEWEST = (
-    512,
-    10,
-    8,
-)  # directions that are kept, rows that each needs, and how many are kept of however few rows
+MOST, EACH, FEWEST = 512, 10, 8  # directions that are kept, rows that each needs, and fewer than are worth scaling
 FLAT = 1e-6  # variance of a direction, beside the largest, that is rounding
 FIT = 50_000  # rows that directions are found from
 
@@ -27,8 +23,9 @@ class Whitening:
     """Features less their mean, every direction scaled to the same variance.
 
     Pooled features of images lie close together, and differ mostly in a few directions, brightness for one: without this any two
-    have a cosine near 1. mean: float32 [places, D], a mean for each place of a patch in the grid, as features tell the place, too;
-    of whole images there is one. directions: float32 [D, d].
+    have a cosine near 1. Of fewer than 80 rows the mean alone is taken away.
+    mean: float32 [places, D], a mean for each place of a patch in the grid, as features tell the place, too; of whole images there
+    is one. directions: float32 [D, d].
     """
 
     mean: np.ndarray
@@ -59,9 +56,13 @@ def whitening(
         covariance += centred.T @ centred
         used += len(centred)
     variances, axes = np.linalg.eigh(covariance / used)
-    kept = min(MOST, max(FEWEST, rows // EACH), int((variances > FLAT * variances[-1]).sum()))
-    variances, axes = variances[::-1][: max(1, kept)], axes[:, ::-1][:, : max(1, kept)]
-    return Whitening(mean, (axes / np.sqrt(np.maximum(variances, np.finfo(float).tiny))).astype(np.float32))
+    variances, axes = variances[::-1], axes[:, ::-1]
+    if variances[0] <= FLAT * float((mean.astype(np.float64) ** 2).sum(1).mean()):  # one image, or copies of one: nothing to tell
+        return Whitening(np.zeros_like(mean), np.eye(dim, dtype=np.float32)[:, :MOST])
+    kept = min(MOST, rows // EACH, int((variances > FLAT * variances[0]).sum()))
+    if kept < FEWEST:  # too few rows to know how directions vary: they keep their own scales
+        return Whitening(mean, np.ascontiguousarray(axes[:, :MOST]).astype(np.float32))
+    return Whitening(mean, (axes[:, :kept] / np.sqrt(variances[:kept])).astype(np.float32))
 
 
 def near_pairs(features: Tensor, above: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
