@@ -124,7 +124,7 @@ def looked(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--block",
         metavar="ROWS,COLUMNS",
-        help="patches that are hidden together: as the run's own targets unless told",
+        help="patches that are hidden together: by the run's masking.target_scale unless told",
     )
     p.add_argument(
         "--crop", type=float, default=1.0, metavar="SHARE", help="0.875 is resize 256, crop 224; 1 unless told"

@@ -277,7 +277,7 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
         "task": truth.task, "normal": truth.normal, "environment": environment(), "results": records,
     }  # fmt: skip
     write_whole(question.out.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    title = f"surprise of {question.run} at step {trained.step}, {question.data}, {int(truth.odd.sum())} of {len(found)} odd"
+    title = f"surprise of {question.run} at step {trained.step}, {question.data}, {int(truth.odd.sum())} of {len(found.scores)} odd"
     console.print(table(records, title))
     console.print(f"written to {question.out.with_suffix('.json')}", highlight=False, soft_wrap=True)
     return records

@@ -132,8 +132,8 @@ def surprise_figure(images: Tensor, energies: np.ndarray, unusual: np.ndarray | 
         if unusual is not None and usual is not None:
             heat(axes[2][i], pixels, unusual[i], *ends(usual))
             highest = float(unusual[i].max())
-            text = f"{highest:.1f}, above {100 * (usual < highest).mean():.0f} % of usual"
-            axes[0][i].set_title(text, fontsize=8, color=INK)
+            text = f"{highest:.1f}\nabove {100 * (usual < highest).mean():.0f} % of usual"
+            axes[0][i].set_title(text, fontsize=7, color=INK)
     return figure
 
 
