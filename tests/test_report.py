@@ -127,7 +127,7 @@ def test_what_decode_check_found_is_beside_the_samples(run, decoder):
              "gallery": 40, "chance": {"mrr": 0.107}}  # fmt: skip
     (painter / decoding.FAITHFULNESS).write_text(json.dumps(known))
     section = Page(report(run)).section("What a decoder paints")
-    assert "<td class=n>0.25 ± 0.05</td>" in section
+    assert "<td class=n>0.250 ±0.050</td>" in section
     assert "<td>chance</td><td class=n>0.107</td>" in section
     assert "ranks by distance among 40," in section
     (painter / decoding.FAITHFULNESS).write_text('{"metrics": 3}')

@@ -449,5 +449,10 @@ def table_of(result: Faithfulness, title: str) -> Table:
 def shown_answer(answer: Answer | None) -> str:
     if answer is None or answer.interval is None:
         return ""
-    low, high = answer.interval
-    return f"{answer.value:.3g} ±{(high - low) / 2:.2g}"
+    return told(answer.value, answer.interval)
+
+
+def told(value: float, interval: Sequence[float]) -> str:
+    """A value and half the width of its interval, to thousandths below 1."""
+    digits = 3 if value < 1 else 1
+    return f"{value:.{digits}f} ±{(interval[1] - interval[0]) / 2:.{digits}f}"

@@ -331,8 +331,7 @@ def faithful(decoder: Path) -> str:
 def said(answer: dict[str, Any] | None) -> str:
     if not answer or not answer["interval"]:
         return ""
-    low, high = answer["interval"]
-    return f"{answer['value']:.3g} ± {(high - low) / 2:.2g}"
+    return decoding.told(answer["value"], answer["interval"])
 
 
 def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:

@@ -43,7 +43,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 img { max-width: 100%; height: auto; display: block; margin: .4rem auto; border-radius: 6px; background: #fff; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; padding-left: 1.2rem; }
+td.n, th.n { text-align: right; padding-left: .7rem; }
 .wide td { white-space: nowrap; }
 thead th { border-bottom: 1px solid var(--soft); font-weight: 600; }
 tr.mean td { border-top: 1px solid var(--line); font-weight: 600; }
