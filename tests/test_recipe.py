@@ -83,6 +83,43 @@ def test_a_size_brings_its_own_width():
     assert (recipe.model.width, recipe.model.depth, recipe.model.heads) == (384, 12, 6)
 
 
+PUBLISHED = {  # as their papers and released commands have it
+    "mae_vitb16": {
+        "data.batch_size": 4096, "optim.lr": 2.4e-3, "optim.start_lr": 0.0, "optim.final_lr": 0.0, "optim.betas": (0.9, 0.95),
+        "optim.weight_decay": 0.05, "optim.final_weight_decay": 0.05, "optim.clip_each": None, "schedule.epochs": 1600,
+        "schedule.warmup_epochs": 40, "masking.strategy": "random", "masking.hidden": 0.75, "augment.crop_scale": (0.2, 1.0),
+        "augment.resize": "bicubic", "augment.flip": 0.5, "augment.blur": 0.0, "mae.decoder_width": 512, "mae.decoder_depth": 8,
+        "mae.decoder_heads": 16, "model.class_token": True,
+    },
+    "ibot_vits16": {
+        "data.batch_size": 1024, "optim.lr": 2e-3, "optim.start_lr": 0.0, "optim.final_lr": 1e-6, "optim.weight_decay": 0.04,
+        "optim.final_weight_decay": 0.4, "optim.clip_each": 3.0, "schedule.epochs": 800, "schedule.warmup_epochs": 10,
+        "schedule.ema": (0.996, 1.0), "schedule.ema_shape": "cosine", "augment.crop_scale": (0.25, 1.0), "augment.blur": 1.0,
+        "augment.jitter": (0.4, 0.4, 0.2, 0.1), "augment.grey": 0.2, "augment.resize": "bicubic", "crops.second_blur": 0.1,
+        "crops.second_solarise": 0.2, "crops.small": 10, "crops.small_size": (96, 96), "crops.small_scale": (0.05, 0.25),
+        "crops.small_blur": 0.5, "ibot.prototypes": 8192, "ibot.hidden": 2048, "ibot.bottleneck": 256,
+        "ibot.student_temperature": 0.1, "ibot.first_temperature": 0.04, "ibot.teacher_temperature": 0.07,
+        "ibot.patch_temperature": 0.07, "ibot.temperature_epochs": 29, "ibot.freeze_last_layer_epochs": 1,
+        "ibot.norm_last_layer": False, "ibot.centre_momentum": 0.9, "token_masking.hidden": (0.1, 0.5), "token_masking.masked": 0.5,
+        "token_masking.shape": "block", "model.drop_path": 0.1,
+    },
+    "ibot_vitb16": {
+        "optim.lr": 3e-3, "optim.final_lr": 2e-6, "optim.clip_each": 0.3, "schedule.epochs": 400, "augment.crop_scale": (0.32, 1.0),
+        "crops.small_scale": (0.05, 0.32), "ibot.temperature_epochs": 49, "ibot.freeze_last_layer_epochs": 3,
+        "ibot.norm_last_layer": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_have_the_published_values(name):
+    recipe = RECIPES[name]()
+    for key, value in PUBLISHED[name].items():
+        part, _, field = key.partition(".")
+        found = getattr(getattr(recipe, part), field)
+        assert found == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
 def test_a_size_changed_in_yaml_brings_its_own_width():
     values = to_dict(RECIPES["ijepa_vitb16"]())
     values["model"]["size"] = "S"
