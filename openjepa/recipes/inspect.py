@@ -251,5 +251,5 @@ def draw_neighbours(found: Found, encoder: Encoder, images: Tensor, others: Tens
         "neighbours",
         "What images look alike",
         f"The nearest of {len(others)} reference images by cosine of pooled features.",
-        pictures.found_figure(images, [others[row] for row in index]),
+        pictures.found_figure(images, [others[row] for row in index], cosines.tolist()),
     )

@@ -69,14 +69,19 @@ def neighbours_figure(encoder: Encoder, images: Tensor, queries: int = 6, count:
     return found_figure(images[:queries], [images[row[1:]] for row in found])
 
 
-def found_figure(queries: Tensor, found: Sequence[Tensor]) -> Figure:
-    """Each row: an image, framed, then what was found for it. queries: uint8 [q, 3, H, W]; found: q of [count, 3, H, W]."""
+def found_figure(queries: Tensor, found: Sequence[Tensor], cosines: Sequence[Sequence[float]] | None = None) -> Figure:
+    """Each row: an image, framed, then what was found for it, with its cosine.
+
+    queries: uint8 [q, 3, H, W]; found: q of [count, 3, H, W]; cosines: q of [count].
+    """
     figure, axes = canvas(len(queries), 1 + max(map(len, found)))
     for row, (query, others) in enumerate(zip(queries, found, strict=True)):
         for column, image in enumerate((query, *others)):
             axes[row][column].imshow(to_pixels(image))
         for side in axes[row][0].spines.values():
             side.set(visible=True, color=BLUE, linewidth=2)
+        for axis, cosine in zip(axes[row][1:], cosines[row] if cosines else (), strict=False):
+            axis.set_xlabel(f"{cosine:.3f}", fontsize=7, color=INK, labelpad=1)
     axes[0][0].set_title("query", fontsize=9, color=INK)
     return figure
 
@@ -168,4 +173,5 @@ def mark(axis: Axes, patch: int, grid: Grid, size: Sequence[int]) -> None:
     """A frame around a patch. size: height and width of the image, in pixels."""
     h, w = size[0] / grid[0], size[1] / grid[1]
     place = (patch % grid[1] * w - 0.5, patch // grid[1] * h - 0.5)
-    axis.add_patch(Rectangle(place, w, h, fill=False, edgecolor=BLUE, linewidth=1.8))
+    for colour, width in (("white", 3.4), (BLUE, 1.8)):  # seen on any sky
+        axis.add_patch(Rectangle(place, w, h, fill=False, edgecolor=colour, linewidth=width))
