@@ -75,14 +75,6 @@ GIANTS = (
     Case("ViT-H/14", ViTConfig(size="H", patch_size=14), PredictorConfig(depth=12), 128),
     Case("ViT-G/16", ViTConfig(size="G"), PredictorConfig(depth=16), 128),
 )
-FEW = (
-    4,
-    8,
-    16,
-    32,
-    64,
-    128,
-)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
 
 
 def iteration(steps: int = 4) -> Rows:
@@ -109,6 +101,16 @@ def operations(recipe: Recipe, steps: int) -> float:
     with torch.device("meta"):  # shapes alone, no numbers
         method, images = family.build(recipe), torch.zeros(1, recipe.model.channels, *recipe.model.image_size)
     return work(method, images, masks)
+
+
+FEW = (
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+)  # images a device: what the paper's batch of 2048 leaves each of 512, 256, 128, ... devices
 
 
 def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:

@@ -72,9 +72,7 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
             image = T.rgb_to_grayscale(image, 3)
         if u[2] < config.blur:
             sigma = 0.1 + 1.9 * u[7]
-            reach = min(
-                math.ceil(3 * sigma), min(size) - 1
-            )  # pixels beyond which nothing counts, or none can be mirrored
+            reach = min(math.ceil(3 * sigma), min(size) - 1)  # beyond it nothing counts, or nothing can be mirrored
             image = T.gaussian_blur(image, [2 * reach + 1] * 2, [sigma])
         pixels = image.permute(1, 2, 0).numpy()
     return np.where(pixels < 128, pixels, 255 - pixels) if u[9] < config.solarise else pixels

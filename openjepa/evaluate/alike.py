@@ -57,9 +57,8 @@ def whitening(
         used += len(centred)
     variances, axes = np.linalg.eigh(covariance / used)
     variances, axes = variances[::-1], axes[:, ::-1]
-    if variances[0] <= FLAT * float(
-        (mean.astype(np.float64) ** 2).sum(1).mean()
-    ):  # one image, or copies of one: nothing to tell
+    length = float((mean.astype(np.float64) ** 2).sum(1).mean())
+    if variances[0] <= FLAT * length:  # one image, or copies of one
         return Whitening(np.zeros_like(mean), np.eye(dim, dtype=np.float32)[:, :MOST])
     kept = min(MOST, rows // EACH, int((variances > FLAT * variances[0]).sum()))
     if kept < FEWEST:  # too few rows to know how directions vary: they keep their own scales
