@@ -310,6 +310,14 @@ def test_what_cannot_be_read_is_left_out_and_named(monkeypatch, capsys, tmp_path
     assert table["odd"].to_pylist() == 19 * [False] + 20 * [True]
 
 
+def test_it_is_told_how_far_it_is(monkeypatch, capsys, tmp_path, trained, folder, cache):
+    monkeypatch.setattr("openjepa.recipes.surprise.EVERY", 0.0)
+    words = ["--reference", str(folder), "--data", str(folder), "--out", str(tmp_path / "s.parquet")]
+    status, text, _ = command(monkeypatch, capsys, "surprise", str(trained), *words)
+    assert status == 0
+    assert text.splitlines()[:3] == ["16 of 40 images", "32 of 40 images", "40 of 40 images"]
+
+
 def test_nothing_but_scores_is_written_over(monkeypatch, capsys, tmp_path, trained, folder, cache):
     words = ["surprise", str(trained), "--reference", str(folder), "--data", str(folder)]
     out, photo = tmp_path / "s.parquet", tmp_path / "photo.png"

@@ -6,7 +6,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from openjepa.rng import permutation
 from openjepa.see.contact import refuse_picture, save_picture
 from openjepa.see.pictures import surprise_figure
 
+EVERY = 20.0  # seconds between lines that tell how far it is
 SHOWN = 8  # images of the highest scores that are drawn
 BATCH = 16  # images whose energies are computed together
 REFERENCE = 1000  # images that statistics are of, at most
@@ -248,7 +250,7 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
     judge = judge_of(surprise, trained, reference, views[0])
     workers, unread = pick_workers(None, surprise.blocks.device), list[int]()
     every = Images(source, np.arange(len(source)), views[1], skip_bad=True)
-    parts = [judge(batch) for batch in batches(every, workers, unread)]
+    parts = [judge(batch) for batch in told_of(batches(every, workers, unread), len(every), console)]
     if not parts:
         Images(source, every.indices, views[1])[0]  # says why
     found = Judged(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -281,6 +283,17 @@ def score_images(question: Question, console: Console) -> list[dict[str, Any]]:
     console.print(table(records, title))
     console.print(f"written to {question.out.with_suffix('.json')}", highlight=False, soft_wrap=True)
     return records
+
+
+def told_of(parts: Iterable[Tensor], count: int, console: Console) -> Iterator[Tensor]:
+    """The same, and how many there were so far, now and then."""
+    done, last = 0, time.monotonic()
+    for part in parts:
+        yield part
+        done += len(part)
+        if time.monotonic() - last > EVERY:
+            last = time.monotonic()
+            console.print(f"{done:,} of {count:,} images", highlight=False)
 
 
 def controls(trained: Trained, surprise: Surprise) -> Iterator[tuple[str, Remains]]:
