@@ -39,7 +39,7 @@ def test_public_names_are_there():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("pretrain --recipe ijepa_cifar --data x --out {tmp}/r", "did you mean 'ijepa_cifar10_cpu'"),
+        ("pretrain --recipe ijepa_cifar --data x --out {tmp}/r", "did you mean 'ijepa_cifar10'"),
         ("pretrain --data x --out {tmp}/r", "which recipe?"),
         ("pretrain --recipe ijepa_scenes --out {tmp}/r", "which images?"),
         ("pretrain --recipe ijepa_scenes --data {tmp}/none --out {tmp}/r", "no such file or folder"),

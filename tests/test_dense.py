@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torchmetrics import JaccardIndex
 
-from openjepa.data.decode import decode
+from openjepa.data.decode import with_pillow
 from openjepa.data.sources import Source, open_source
 from openjepa.errors import UserError
 from openjepa.evaluate import dense
@@ -72,7 +72,7 @@ def test_a_map_is_seen_through_the_same_view_as_its_image(kind):
     flipped = 0
     for i in range(30):
         _, found = pairs[i]
-        pixels = decode(source.read(i), views.choose(i), (40, 36), 3, Image.Resampling.NEAREST)
+        pixels = with_pillow(source.read(i), views.choose(i), (40, 36), 3, "nearest")
         pixels = pixels[:, ::-1] if views.flips(i) else pixels
         own = np.where(pixels[..., 1] == 0, IGNORED, pixels[..., 1] > 100)
         assert (found.numpy() == own).mean() > 0.93  # a crop's edge may round to either side
