@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
@@ -241,6 +242,8 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 f"{'linear probe' if metric == 'linear' else 'k-NN'}, %" if along == "seconds" else "", fontsize=9
             )
             axis.set_xlabel(shown[along] if metric == "knn" else "", fontsize=9)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_formatter("{x:,.0f}")
             tidy(axis)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
