@@ -22,8 +22,9 @@ from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
 from openjepa.masking import Masks
 from openjepa.recipes.decoder import small
-from openjepa.recipes.decoding import FAITHFULNESS, Decoder, check, hidden, load_decoder, show, train
+from openjepa.recipes.decoding import Decoder, hidden, load_decoder, show, train
 from openjepa.recipes.exchange import load_run
+from openjepa.recipes.faithfulness import FAITHFULNESS, check
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import saved_recipe
 from openjepa.see.sheet import Cell, draw, sheet

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from openjepa.recipes import decoding
+from openjepa.recipes import faithfulness
 from openjepa.recipes.report import report
 from openjepa.see.report import LARGE, Section, encoded, facts, html_table, write_report
 from tests.helpers import refused
@@ -125,12 +125,12 @@ def test_what_decode_check_found_is_beside_the_samples(run, decoder):
     painter = shutil.copytree(decoder, run / "painter")
     known = {"metrics": {"mrr": "…"}, "conditions": {"its own": {"mrr": {"value": 0.25, "interval": [0.2, 0.3]}}},
              "gallery": 40, "chance": {"mrr": 0.107}}  # fmt: skip
-    (painter / decoding.FAITHFULNESS).write_text(json.dumps(known))
+    (painter / faithfulness.FAITHFULNESS).write_text(json.dumps(known))
     section = Page(report(run)).section("What a decoder paints")
     assert "<td class=n>0.250 ±0.050</td>" in section
     assert "<td>chance</td><td class=n>0.107</td>" in section
     assert "ranks by distance among 40," in section
-    (painter / decoding.FAITHFULNESS).write_text('{"metrics": 3}')
+    (painter / faithfulness.FAITHFULNESS).write_text('{"metrics": 3}')
     assert "cannot be read" in Page(report(run)).section("What a decoder paints")
 
 

@@ -40,7 +40,7 @@ def decode_train(args: argparse.Namespace, rest: list[str]) -> None:
 
 def decode_sample(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.decoder.paint import Sampling
-    from openjepa.recipes.decoding import sample
+    from openjepa.recipes.samples import sample
 
     refuse(rest)
     sampling = Sampling(sampler=args.sampler, steps=args.steps, seed=args.seed)
@@ -53,7 +53,7 @@ def decode_sample(args: argparse.Namespace, rest: list[str]) -> None:
 
 def decode_complete(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.decoder.paint import Sampling
-    from openjepa.recipes.decoding import complete
+    from openjepa.recipes.samples import complete
 
     refuse(rest)
     sampling = Sampling(sampler=args.sampler, steps=args.steps, seed=args.seed)
@@ -68,7 +68,7 @@ def decode_check(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
     from openjepa.decoder.paint import Sampling
-    from openjepa.recipes.decoding import check
+    from openjepa.recipes.faithfulness import check
 
     refuse(rest)
     sampling = Sampling(sampler=args.sampler, steps=args.steps, seed=args.seed)

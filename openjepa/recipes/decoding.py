@@ -1,8 +1,7 @@
-"""Decoders of runs: trained, and asked for samples, completions and whether they are true."""
+"""Decoders of runs: trained, loaded beside their run, and asked what they paint of an image."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,26 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from openjepa import __version__
 from openjepa.data.decode import BadImage, Raw, decode
-from openjepa.data.sources import EXTENSIONS, open_source, read_file
-from openjepa.decoder.faithful import METRICS, OWN, POSITIONS, RANDOM, REAL, Faithfulness, faithfulness
 from openjepa.decoder.paint import Sampling, paint
 from openjepa.decoder.place import Place, Rectangle, paste, snapped
-from openjepa.decoder.rcdm import RCDM, RCDMConfig
+from openjepa.decoder.rcdm import RCDM
 from openjepa.engine import checkpoint
 from openjepa.engine.device import pick_device
-from openjepa.engine.whole import write_whole
-from openjepa.errors import UserError, first_line
-from openjepa.evaluate.features import Images, View, readable
-from openjepa.evaluate.scores import Answer
+from openjepa.errors import UserError
 from openjepa.masking import Masks
 from openjepa.masking import sample as draw_masks
 from openjepa.models.weights import load_strict
@@ -39,10 +29,8 @@ from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.methods import decoder_of, refuse_another
 from openjepa.recipes.pretrain import pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, override
-from openjepa.rng import permutation
-from openjepa.see.contact import MARK, refuse_picture
-from openjepa.see.sheet import LARGEST, Cell, sheet
 
+PALE = 0.3  # of its contrast that is left where the encoder does not look
 OF_THE_RUN = ("method", "model.", "data.mean", "data.std", "rcdm.run", "rcdm.step", "rcdm.fingerprint")
 
 # ---------------------------------------------------------------- training
@@ -219,240 +207,8 @@ def hidden(shown: Shown) -> Tensor:
     return result
 
 
-def pictures(words: Sequence[str], rows: int, size: tuple[int, int]) -> list[tuple[str, Raw]]:
-    """Image files, and the first images of what a SPEC names, `rows` of them. Raises UserError."""
-    found: list[tuple[str, Raw]] = []
-    for word in words:
-        path = Path(word)
-        if path.suffix.lower() in EXTENSIONS or (path.is_file() and path.suffix not in (".parquet", ".tar")):
-            found.append((word, read_picture(word)))
-            continue
-        source = open_source(word, size)
-        for index in range(min(rows, len(source))):
-            try:
-                found.append((source.name(index), source.read(index)))
-            except (BadImage, OSError) as error:
-                raise UserError(f"{source.name(index)}: {first_line(error)}") from error
-    return found
-
-
 def refuse_none(**counts: int) -> None:
     """Raises UserError for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise UserError(f"--{name} {count}: give 1 or more")
-
-
-def refuse_no_png(out: Path, reads: Sequence[str], each: int) -> None:
-    """Raises UserError for a place where no PNG can be written, or that holds another's, before anything is painted.
-
-    reads: the images asked about. each: of how many images every sample is written, too.
-    """
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: give a file of the kind .png, which holds seeds and boxes beside the picture")
-    others = [file for i in range(each) for file in out.parent.glob(f"{out.stem}-{i}-*.png")]
-    for file in (out, *others):
-        refuse_picture(file, "--out", reads)
-
-
-def read_picture(word: str) -> bytes:
-    try:
-        return read_file(word)
-    except (BadImage, OSError) as error:
-        raise UserError(f"{word}: {first_line(error)}") from error
-
-
-def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: int, samples: int, sampling: Sampling,
-           box: Rectangle | None, device: str = "auto", each: bool = False) -> list[Path]:  # fmt: skip
-    """The paper's figure: a row an image, its context, and samples in their place. Returns the files. Raises UserError."""
-    refuse_none(rows=rows, samples=samples)
-    refuse_no_png(out, words, rows * len(words) if each else 0)
-    loaded = load_decoder(source, decoder, device)
-    found = pictures(words, rows, loaded.trained.recipe.model.image_size)
-    drawn, shown, painted = figure_of(loaded, found, samples, sampling, box)
-    about = {**loaded.about(sampling), "images": [s.name for s in shown], "boxes": [list(s.place.box) for s in shown]}
-    return save(out, drawn, painted, about, each)
-
-
-def figure_of(decoder: Decoder, found: Sequence[tuple[str, Raw]], samples: int, sampling: Sampling,
-              box: Rectangle | None = None) -> tuple[Image.Image, list[Shown], list[Tensor]]:  # fmt: skip
-    """The paper's figure of some images by their names, what was shown of each, and its samples. Raises UserError."""
-    shown = [show(decoder, name, raw, box, i, sampling.seed) for i, (name, raw) in enumerate(found)]
-    painted = hypotheses(decoder, shown, samples, sampling)
-    of = decoder.recipe.rcdm.of
-    second = {"prediction": "context", "block": "block"}.get(of)  # the oracle sees all of it
-    cells = []
-    for s, made in zip(shown, painted, strict=True):
-        outline = s.place.box if second else None
-        told = [Cell(hidden(s) if of == "prediction" else s.pixels, outline)] if second else []
-        cells.append([Cell(s.pixels), *told, *(Cell(picture, outline) for picture in made)])
-    heads = ["original", *([second] if second else []), *(f"sample {k}" for k in range(samples))]
-    return sheet(cells, heads), shown, painted
-
-
-def save(out: Path, drawn: Image.Image, painted: Sequence[Tensor], about: dict[str, Any], each: bool) -> list[Path]:
-    """The figure, and with `each` every sample as a file of its own beside it. Raises UserError."""
-    files = [(out, drawn, about)]
-    if each:
-        for i, pictures_ in enumerate(painted):
-            for k, picture in enumerate(pictures_):
-                own = {**about, "image": about["images"][i], "sample": k}
-                files.append((out.with_name(f"{out.stem}-{i}-{k}.png"), to_image(picture), own))
-    for file, image, said in files:
-        info = PngInfo()
-        info.add_text(MARK, json.dumps(said))
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file, "PNG", pnginfo=info)
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {first_line(error)}") from error
-    return [file for file, *_ in files]
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """uint8 [C, H, W] of 1, 3 or 4 channels."""
-    return Image.fromarray(
-        pixels.permute(1, 2, 0).numpy().squeeze(-1) if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
-    )
-
-
-def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, sampling: Sampling, box: Rectangle,
-             device: str = "auto", each: bool = False) -> list[str]:  # fmt: skip
-    """Hypotheses of what is in a box of an image, side by side, at most LARGEST pixels a side each. Returns what to tell.
-
-    Raises UserError.
-    """
-    refuse_none(samples=samples)
-    refuse_no_png(out, [image], int(each))
-    loaded = load_decoder(source, decoder, device)
-    if loaded.recipe.rcdm.of != "prediction":
-        raise UserError(
-            f"{decoder} paints from what the encoder sees of the {loaded.recipe.rcdm.of}, which is not there: completing takes a "
-            "decoder of predictions (--rcdm.of prediction)"
-        )
-    shown = show(loaded, image, read_picture(image), box, 0, sampling.seed)
-    (painted,) = hypotheses(loaded, [shown], samples, sampling)
-    cells = [Cell(hidden(shown), shown.place.box), *(Cell(picture) for picture in painted)]
-    drawn = sheet([cells], ["given", *(f"hypothesis {k}" for k in range(samples))])
-    about = {**loaded.about(sampling), "images": [image], "boxes": [list(shown.place.box)]}
-    files = save(out, drawn, [painted], about, each)
-    left, top, right, bottom = shown.place.box
-    lines = [f"written: {files[0]}" + (f" and {samples} hypotheses beside it" if each else "")]
-    if max(shown.pixels.shape[1:]) > LARGEST:
-        lines.append(f"note: shown at {LARGEST} pixels a side; --each writes each hypothesis at the image's own size")
-    if shown.place.box != (box[0], box[1], box[0] + box[2], box[1] + box[3]):
-        lines.append(f"note: the box was widened to whole patches: {left},{top},{right - left},{bottom - top}")
-    low, high = loaded.recipe.masking.target_scale
-    if not 0.5 * low <= shown.place.share <= 1.5 * high:
-        lines.append(
-            f"note: the box is {shown.place.share:.0%} of what the encoder sees, and the decoder learned blocks of {low:.0%} to "
-            f"{high:.0%}: expect less"
-        )
-    return lines
-
-
-# ---------------------------------------------------------------- is it true?
-
-FAITHFULNESS = "faithfulness.json"
-PALE = 0.3  # of its contrast that is left where the encoder does not look
-
-
-def check(source: str, decoder: str, data: str, *, images: int, gallery: int, samples: int, sampling: Sampling,
-          console: Console, control: str | None = None, out: Path | None = None, device: str = "auto") -> Path:  # fmt: skip
-    """Measure whether samples are true to their conditions, beside controls; a table, and faithfulness.json. Raises UserError."""
-    refuse_none(samples=samples)
-    loaded = load_decoder(source, decoder, device)
-    beside = load_decoder(source, control, device) if control else None
-    if beside and (why := no_control(loaded.recipe.rcdm, beside.recipe.rcdm)):
-        raise UserError(f"--control {control} {why}")
-    file = (out or checkpoint.locate(Path(decoder))[0]) / FAITHFULNESS
-    if not out and (more := larger_check(file, images * samples, bool(control))):
-        raise UserError(f"{file} holds {more}: --out FOLDER for a smaller one")
-    model = loaded.trained.recipe.model
-    found = open_source(data, model.image_size)
-    gallery = min(gallery, len(found))
-    if not 2 * POSITIONS <= images <= gallery or images % POSITIONS:
-        raise UserError(
-            f"--images {images}: give a multiple of {POSITIONS}, {2 * POSITIONS} or more, and no more than the gallery of "
-            f"{gallery} (--gallery; {data} has {len(found)} images)"
-        )
-    chosen = permutation(sampling.seed, "faithfulness", 0, len(found))[:gallery]
-    seen = Images(found, chosen, View(model.image_size, model.channels))
-    pixels, _ = readable(seen)
-    if (gallery := len(pixels)) < images:
-        raise UserError(f"{data}: {gallery} images of the gallery can be read, fewer than --images {images}")
-    masks = draw_masks(loaded.recipe.masking, model.grid, sampling.seed, 0, np.arange(POSITIONS))
-    result = faithfulness(
-        loaded.method, pixels, masks, images, samples, sampling, beside.method if beside else None,
-        lambda name: console.print(f"painting {images} x {samples} samples: {name} condition", highlight=False),
-    )  # fmt: skip
-    about = {**loaded.about(sampling), "data": data, "images": images, "samples": samples, "gallery": gallery}
-    record = {
-        **about,
-        "metrics": METRICS,
-        "chance": result.chance,
-        "conditions": {name: plain(result.answers(name)) for name in result.values},
-        "ahead": {name: plain(result.ahead(name)) for name in result.values if name not in (OWN, REAL)},
-    }
-    console.print(table_of(result, f"{decoder}: {images} images x {samples} samples, among {gallery} of {data}"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {first_line(error)}") from error
-    return file
-
-
-def larger_check(file: Path, samples: int, control: bool) -> str | None:
-    """What a check that was kept had, and one of so many samples, with or without a control, would not have."""
-    try:
-        kept = json.loads(file.read_text())
-        had = kept["images"] * kept["samples"]
-        with_control = RANDOM in kept["conditions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if had > samples or (with_control and not control):
-        return f"a check of {kept['images']} images x {kept['samples']} samples" + " and a control" * with_control
-    return None
-
-
-def no_control(config: RCDMConfig, control: RCDMConfig) -> str | None:
-    """Why one decoder is no control of another; None where it is."""
-    if control.networks != "random":
-        return "was trained on the run's own networks: train one with --rcdm.networks random"
-    if (control.of, control.paint, control.size) != (config.of, config.paint, config.size):
-        return (
-            f"paints {control.paint} from {control.of} at {control.size} pixels, and the decoder {config.paint} from {config.of} "
-            f"at {config.size}"
-        )
-    return None
-
-
-def plain(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    return {a.metric: {"value": a.value, "interval": list(a.interval or ())} for a in answers}
-
-
-def table_of(result: Faithfulness, title: str) -> Table:
-    """A row a condition: the mean over images, and half the width of its 95 % interval."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    metrics = [metric for metric in result.values[OWN] if metric != "pixel_change"]  # in the file alone
-    table.add_column("painted from", no_wrap=True)
-    for words in (metric.split("_") for metric in metrics):
-        table.add_column(" ".join(words), justify="right", min_width=max(map(len, words)), overflow="fold")
-    for name in result.values:
-        known = {a.metric: a for a in result.answers(name)}
-        table.add_row(name, *(shown_answer(known.get(metric)) for metric in metrics))
-    table.add_row("chance", *(f"{result.chance[m]:.3f}" if m in result.chance else "" for m in metrics))
-    return table
-
-
-def shown_answer(answer: Answer | None) -> str:
-    if answer is None or answer.interval is None:
-        return ""
-    return told(answer.value, answer.interval)
-
-
-def told(value: float, interval: Sequence[float]) -> str:
-    """A value and half the width of its interval, to thousandths below 1."""
-    digits = 3 if value < 1 else 1
-    return f"{value:.{digits}f} ±{(interval[1] - interval[0]) / 2:.{digits}f}"

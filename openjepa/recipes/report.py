@@ -22,7 +22,7 @@ from openjepa.errors import UserError, first_line
 from openjepa.evaluate import answers, suite
 from openjepa.evaluate.features import Images, View, readable
 from openjepa.models.encoder import Encoder
-from openjepa.recipes import decoding
+from openjepa.recipes import decoding, faithfulness, samples
 from openjepa.recipes.exchange import Trained, load_run, refuse_decoder
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.pretrain import own_images, random_encoder, saved_data, saved_recipe
@@ -36,7 +36,6 @@ SHOWN = 8  # images in a row
 SEARCHED = 500  # images that neighbours are looked for in
 USUAL = 100  # images that tell what surprise is usual
 PAINTED, SAMPLES = 4, 4  # images that a decoder is shown, and samples of each
-SHOWN_METRICS = ("mrr", "first", "distance", "pixel_rmse", "feature_spread", "pixel_spread")
 SAMPLING = Sampling(sampler="ddim", steps=25)
 T = TypeVar("T")
 
@@ -279,7 +278,7 @@ def painted(run: Path, given: Path | None, trained: Trained, images: Tensor) -> 
         )
     loaded = decoding.load_decoder(str(run), str(folder))
     raws = [(f"image {i}", image.permute(1, 2, 0).numpy()) for i, image in enumerate(images[:PAINTED])]
-    drawn = decoding.figure_of(loaded, raws, SAMPLES, SAMPLING)[0]
+    drawn = samples.figure_of(loaded, raws, SAMPLES, SAMPLING)[0]
     what = loaded.recipe.rcdm
     text = (
         f"{folder.resolve().name}, at its step {loaded.step:,}, paints the {what.paint} from the {what.of} alone; samples differ "
@@ -308,8 +307,8 @@ def beside(run: Path, trained: Trained) -> Path | None:
 def faithful(decoder: Path) -> str:
     """The table of `decode check`, where it was asked."""
     try:
-        known = json.loads((decoder / decoding.FAITHFULNESS).read_text())
-        metrics = [m for m in known["metrics"] if m in SHOWN_METRICS]
+        known = json.loads((decoder / faithfulness.FAITHFULNESS).read_text())
+        metrics = [m for m in known["metrics"] if m in faithfulness.TABLED]
         rows = [
             [name, *(said(values.get(metric)) for metric in metrics)] for name, values in known["conditions"].items()
         ]
@@ -324,14 +323,14 @@ def faithful(decoder: Path) -> str:
         return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{decoder / decoding.FAITHFULNESS} cannot be read ({first_line(error)}): move it away"
+            f"{decoder / faithfulness.FAITHFULNESS} cannot be read ({first_line(error)}): move it away"
         ) from error
 
 
 def said(answer: dict[str, Any] | None) -> str:
     if not answer or not answer["interval"]:
         return ""
-    return decoding.told(answer["value"], answer["interval"])
+    return faithfulness.told(answer["value"], answer["interval"])
 
 
 def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:
