@@ -12,7 +12,8 @@ from openjepa.data.scenes import compose, compose_odd
 from openjepa.data.sources import open_source
 from openjepa.errors import UserError
 from openjepa.evaluate.anomalies import IGNORED, Levels, image_auroc
-from openjepa.recipes.surprise import PatchView, truth_of
+from openjepa.recipes.oddity import truth_of
+from openjepa.recipes.surprise import PatchView
 from tests.helpers import annotated
 
 # ---------------------------------------------------------------- what scores are worth

@@ -20,8 +20,9 @@ from openjepa.methods.ijepa import LossConfig
 from openjepa.models.encoder import Normalise
 from openjepa.recipes.exchange import load_run
 from openjepa.recipes.ijepa import ijepa_scenes
+from openjepa.recipes.oddity import Question, score_images
 from openjepa.recipes.pretrain import build, pretrain
-from openjepa.recipes.surprise import PatchView, Question, judge_of, score_images, surprise_of
+from openjepa.recipes.surprise import PatchView, judge_of, surprise_of
 from tests.helpers import annotated, command, refused
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
@@ -311,7 +312,7 @@ def test_what_cannot_be_read_is_left_out_and_named(monkeypatch, capsys, tmp_path
 
 
 def test_it_is_told_how_far_it_is(monkeypatch, capsys, tmp_path, trained, folder, cache):
-    monkeypatch.setattr("openjepa.recipes.surprise.EVERY", 0.0)
+    monkeypatch.setattr("openjepa.recipes.oddity.EVERY", 0.0)
     words = ["--reference", str(folder), "--data", str(folder), "--out", str(tmp_path / "s.parquet")]
     status, text, _ = command(monkeypatch, capsys, "surprise", str(trained), *words)
     assert status == 0

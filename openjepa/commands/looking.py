@@ -51,7 +51,7 @@ def inspect(args: argparse.Namespace, rest: list[str]) -> None:
 def surprise(args: argparse.Namespace, rest: list[str]) -> None:
     from rich.console import Console
 
-    from openjepa.recipes.surprise import Question, score_images
+    from openjepa.recipes.oddity import Question, score_images
 
     refuse(rest)
     names = ("run", "reference", "data", "task", "normal", "stride", "squash", "precision", "device")

@@ -40,7 +40,7 @@ def search(args: argparse.Namespace, rest: list[str]) -> None:
         )
         return
     if args.draw:
-        from openjepa.see.contact import refuse_picture
+        from openjepa.see.files import refuse_picture
 
         refuse_picture(Path(args.draw), "--draw", [getattr(args, "image", "")])
     {"neighbours": search_neighbours, "duplicates": search_duplicates, "outliers": search_outliers}[args.question](

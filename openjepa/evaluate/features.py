@@ -65,7 +65,7 @@ class Images(Dataset[Tensor]):
         source: Source,
         indices: Sequence[int] | np.ndarray,
         view: View,
-        skip_bad: bool = False,  # unreadable ones become black instead of an error: for rough online measures
+        skip_bad: bool = False,  # unreadable ones are black, with 0 for a hash, instead of an error
     ) -> None:
         self.source, self.indices, self.view, self.skip_bad = source, indices, view, skip_bad
 
@@ -82,13 +82,6 @@ class Images(Dataset[Tensor]):
     def flips(self, i: int) -> bool:
         return False
 
-    def try_read(self, i: int) -> Tensor | None:
-        """An image, or None where it cannot be read."""
-        try:
-            return self[i]
-        except UserError:
-            return None
-
     def read(self, i: int) -> tuple[Tensor, int]:
         """An image, and the hash of its contents before decoding."""
         index = int(self.indices[i])
@@ -102,12 +95,19 @@ class Images(Dataset[Tensor]):
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), content_hash(raw)
 
 
-def readable(images: Images) -> tuple[Tensor, list[int]]:
-    """All that can be read, uint8 [n, channels, H, W], and their places among the images. Raises UserError where none can."""
-    found = [(pixels, i) for i in range(len(images)) if (pixels := images.try_read(i)) is not None]
+def readable(source: Source, indices: Sequence[int] | np.ndarray, view: View) -> tuple[Tensor, list[int]]:
+    """Those of some images that can be read, uint8 [n, channels, H, W], and their indices. Raises UserError where none can."""
+    images = Images(source, indices, view, skip_bad=True)
+    found = [(pixels, int(index)) for index, (pixels, content) in zip(indices, map(images.read, range(len(images))), strict=True)
+             if content]  # fmt: skip
     if not found:
-        images[0]  # says why
-    return torch.stack([pixels for pixels, _ in found]), [i for _, i in found]
+        refuse_unreadable(images)
+    return torch.stack([pixels for pixels, _ in found]), [index for _, index in found]
+
+
+def refuse_unreadable(images: Images) -> None:
+    """Raises UserError, with the reason of the first, for images of which none can be read."""
+    Images(images.source, images.indices, images.view)[0]
 
 
 def content_hash(raw: Raw) -> int:

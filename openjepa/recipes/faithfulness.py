@@ -19,7 +19,7 @@ from openjepa.decoder.rcdm import RCDMConfig
 from openjepa.engine import checkpoint
 from openjepa.engine.whole import write_whole
 from openjepa.errors import UserError, first_line
-from openjepa.evaluate.features import Images, View, readable
+from openjepa.evaluate.features import View, readable
 from openjepa.evaluate.scores import Answer
 from openjepa.masking import sample as draw_masks
 from openjepa.recipes.decoding import load_decoder, refuse_none
@@ -49,8 +49,7 @@ def check(source: str, decoder: str, data: str, *, images: int, gallery: int, sa
             f"{gallery} (--gallery; {data} has {len(found)} images)"
         )
     chosen = permutation(sampling.seed, "faithfulness", 0, len(found))[:gallery]
-    seen = Images(found, chosen, View(model.image_size, model.channels))
-    pixels, _ = readable(seen)
+    pixels, _ = readable(found, chosen, View(model.image_size, model.channels))
     if (gallery := len(pixels)) < images:
         raise UserError(f"{data}: {gallery} images of the gallery can be read, fewer than --images {images}")
     masks = draw_masks(loaded.recipe.masking, model.grid, sampling.seed, 0, np.arange(POSITIONS))

@@ -176,8 +176,8 @@ def reference_of(asked: Looking, trained: Trained, found: Found) -> Source | Non
 def sampled(reference: Source, view: PatchView) -> tuple[Tensor, Tensor, list[str]]:
     """A fixed random choice: a few for measures, more to be searched, and the names of those."""
     chosen = permutation(0, "inspect", 0, len(reference))[:SEARCHED]
-    everything, places = readable(Images(reference, chosen, view))
-    return everything[:BASIS], everything, [reference.name(int(chosen[i])) for i in places]
+    everything, indices = readable(reference, chosen, view)
+    return everything[:BASIS], everything, [reference.name(i) for i in indices]
 
 
 # ---------------------------------------------------------------- pictures

@@ -17,7 +17,8 @@ from openjepa.errors import UserError, first_line
 from openjepa.evaluate.features import EncoderFeatures, View
 from openjepa.recipes.embedding import encoder_of, features_of
 from openjepa.recipes.searching import Hit, Table
-from openjepa.see.contact import Tile, contact_sheet, save_picture
+from openjepa.see.contact import Tile, contact_sheet
+from openjepa.see.files import save_picture
 
 WIDE = 192  # pixels of an image's longer side in a picture, at least
 COLUMNS = 8  # of a contact sheet

@@ -20,7 +20,7 @@ from openjepa.engine.device import pick_device
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, first_line
 from openjepa.evaluate import answers, suite
-from openjepa.evaluate.features import Images, View, readable
+from openjepa.evaluate.features import View, readable
 from openjepa.models.encoder import Encoder
 from openjepa.recipes import decoding, faithfulness, samples
 from openjepa.recipes.exchange import Trained, load_run, refuse_decoder
@@ -336,7 +336,7 @@ def said(answer: dict[str, Any] | None) -> str:
 def some_images(source: Source, size: tuple[int, int], channels: int, seed: int) -> Tensor:
     """A fixed random choice of images, uint8 [n, C, H, W]."""
     chosen = permutation(seed, "report", 0, len(source))[:SEARCHED]
-    return readable(Images(source, chosen, View(size, channels, squash=source.whole)))[0]
+    return readable(source, chosen, View(size, channels, squash=source.whole))[0]
 
 
 def pretty(value: Any) -> str:

@@ -17,7 +17,7 @@ from openjepa.decoder.paint import Sampling
 from openjepa.decoder.place import Rectangle
 from openjepa.errors import UserError, first_line
 from openjepa.recipes.decoding import Decoder, Shown, hidden, hypotheses, load_decoder, refuse_none, show
-from openjepa.see.contact import MARK, refuse_picture
+from openjepa.see.files import MARK, refuse_picture
 from openjepa.see.sheet import LARGEST, Cell, sheet
 
 
@@ -25,7 +25,7 @@ def sample(source: str, words: Sequence[str], decoder: str, out: Path, *, rows: 
            box: Rectangle | None, device: str = "auto", each: bool = False) -> list[Path]:  # fmt: skip
     """The paper's figure: a row an image, its context, and samples in their place. Returns the files. Raises UserError."""
     refuse_none(rows=rows, samples=samples)
-    refuse_no_png(out, words, rows * len(words) if each else 0)
+    refuse_pictures(out, words, rows * len(words) if each else 0)
     loaded = load_decoder(source, decoder, device)
     found = pictures(words, rows, loaded.trained.recipe.model.image_size)
     drawn, shown, painted = figure_of(loaded, found, samples, sampling, box)
@@ -56,7 +56,7 @@ def complete(source: str, image: str, decoder: str, out: Path, *, samples: int, 
     Raises UserError.
     """
     refuse_none(samples=samples)
-    refuse_no_png(out, [image], int(each))
+    refuse_pictures(out, [image], int(each))
     loaded = load_decoder(source, decoder, device)
     if loaded.recipe.rcdm.of != "prediction":
         raise UserError(
@@ -127,13 +127,11 @@ def pictures(words: Sequence[str], rows: int, size: tuple[int, int]) -> list[tup
     return found
 
 
-def refuse_no_png(out: Path, reads: Sequence[str], each: int) -> None:
+def refuse_pictures(out: Path, reads: Sequence[str], each: int) -> None:
     """Raises UserError for a place where no PNG can be written, or that holds another's, before anything is painted.
 
     reads: the images asked about. each: of how many images every sample is written, too.
     """
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"--out {out}: give a file of the kind .png, which holds seeds and boxes beside the picture")
     others = [file for i in range(each) for file in out.parent.glob(f"{out.stem}-{i}-*.png")]
     for file in (out, *others):
         refuse_picture(file, "--out", reads)

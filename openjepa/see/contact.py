@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from PIL import Image
 
-from openjepa.engine.whole import refuse_unwritable
-from openjepa.errors import UserError
 from openjepa.see.figures import BLUE, INK, ORANGE
 
 LONGEST = 22  # characters of a line
-KINDS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
-MARK = "openjepa"  # the text of a PNG that says by which command it was made
 
 
 @dataclass(frozen=True)
@@ -31,33 +23,6 @@ class Tile:
     lines: Sequence[str] = ()
     part: tuple[float, float, float, float] | None = None
     asked: bool = False
-
-
-def refuse_picture(file: Path, flag: str, reads: Sequence[str] = ()) -> None:
-    """Raises UserError for a place where no picture can be written, or where one lies that openjepa did not make.
-
-    reads: files that the same command reads.
-    """
-    if file.suffix.lower() not in KINDS or file.is_dir():
-        raise UserError(f"{flag} {file}: give a file of the kind {', '.join(KINDS)}")
-    refuse_unwritable(file.parent)
-    if not file.exists():
-        return
-    if any(Path(word).exists() and file.samefile(word) for word in reads):
-        raise UserError(f"{flag} {file} is what is asked about: choose another name")
-    try:
-        with Image.open(file) as image:
-            ours = file.suffix.lower() != ".png" or MARK in getattr(image, "text", {})
-    except (OSError, ValueError, SyntaxError):
-        ours = file.suffix.lower() in (".pdf", ".svg")  # which Pillow does not read
-    if not ours:
-        raise UserError(f"{flag} {file} is there and is no picture of openjepa's: choose another name")
-
-
-def save_picture(figure: Figure, file: Path) -> None:
-    """As the kind that its name says; a PNG says whose it is."""
-    marked = {MARK: shlex.join(["openjepa", *sys.argv[1:]])} if file.suffix.lower() == ".png" else None
-    figure.savefig(file, dpi=150, metadata=marked)
 
 
 def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Figure:

@@ -20,7 +20,7 @@ from openjepa.decoder.place import Place
 from openjepa.engine.device import pick_device
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, first_line
-from openjepa.evaluate.features import Images, readable
+from openjepa.evaluate.features import readable
 from openjepa.evaluate.surprise import usual_block
 from openjepa.masking import Grid
 from openjepa.models.encoder import Encoder
@@ -116,7 +116,7 @@ class Studio:
     def images(self) -> Tensor:
         """Some of the run's, a fixed random choice, uint8 [n, C, H, W]."""
         chosen = permutation(0, "studio", 0, len(self.source))[:GALLERY]
-        return readable(Images(self.source, chosen, view_of(self.trained, self.source)))[0]
+        return readable(self.source, chosen, view_of(self.trained, self.source))[0]
 
     # ------------------------------------------------------------ behind a block
 
