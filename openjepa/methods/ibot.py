@@ -100,9 +100,7 @@ class IBOT(Method):
         self.config = config
         self.encoder = ViT(model)
         self.head = Head(model.dim, config)
-        self.mask_token = nn.Parameter(
-            torch.zeros(1, model.dim)
-        )  # a matrix to the optimiser: decayed, as in the release
+        self.mask_token = nn.Parameter(torch.zeros(1, model.dim))  # two-dimensional, thus decayed, as in the release
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.target_head = copy.deepcopy(self.head).requires_grad_(False).eval()
         self.register_buffer("centres", torch.zeros(2, config.prototypes))

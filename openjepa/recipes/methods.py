@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from openjepa.recipes.recipe import Recipe
 
 
-DISTORTED = AugmentConfig(
-    crop_scale=(0.25, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=1.0
-)  # iBOT's first large crop
+# iBOT's first large crop
+DISTORTED = AugmentConfig(crop_scale=(0.25, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=1.0)
 MOST_PIXELS = 2e9  # of all crops of a batch, kept until the step is done
 
 

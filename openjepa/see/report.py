@@ -109,9 +109,7 @@ def picture(section: Section) -> str:
     kind, data = encoded(image)
     broad = " class=broad" if image.width > 1.4 * image.height else ""
     alt = html.escape(section.alt or section.title)
-    fine = (
-        1.5 if isinstance(section.figure, Figure) else 1
-    )  # pixels to one of the page's: letters of 8 points are 11 of these
+    fine = 1.5 if isinstance(section.figure, Figure) else 1  # pixels to one of the page's: 8 points are 11
     width, height = round(image.width / fine), round(image.height / fine)
     return (
         f'<div class="wide"><img{broad} alt="{alt}" width="{width}" height="{height}" '

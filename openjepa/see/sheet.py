@@ -59,7 +59,7 @@ def draw(cell: Cell, side: int = 0) -> Image.Image:
         times = LARGEST / longer
         image = image.resize((max(1, round(times * image.width)), max(1, round(times * image.height))), reducing_gap=2)
     if cell.box:
-        left, top, right, bottom = (round(times * side) for side in cell.box)
+        left, top, right, bottom = (round(times * edge) for edge in cell.box)
         thick = max(1, min(image.size) // 100)
         edges = (
             max(0, left - thick),
