@@ -234,17 +234,18 @@ def test_planted_duplicates_are_found_and_nothing_else(tmp_path):
     assert found[0][1].score == pytest.approx(cosines(whitened(vectors), whitened(vectors)[7])[40], abs=1e-5)
 
 
-def test_among_few_images_distances_are_their_own(tmp_path):
-    """Scaled to the same variance in all directions, seven images would all be as far apart."""
-    vectors = scattered(7, dim=32)
-    vectors[3] = vectors[0] + 0.05
-    table = Table(build(features_file(tmp_path / "f.parquet", vectors), tmp_path / "t").folder)
-    centred = vectors - vectors.mean(0)
-    found = neighbours(table, table.vector(0), 7)
-    best = cosines(centred, centred[0])
-    assert [hit.id for hit in found] == np.argsort(-best).tolist()
-    assert [hit.score for hit in found] == pytest.approx(np.sort(best)[::-1].tolist(), abs=1e-5)
-    assert found[1].id == 3
+def test_among_few_images_the_nearer_are_nearer_and_none_is_a_duplicate(tmp_path):
+    """All directions scaled alike, seven images would all be as far apart; not scaled, one direction tells all."""
+    vectors = scattered(40, dim=32)
+    vectors[:, 0] += 30 * np.random.default_rng(1).normal(size=40)  # such as brightness
+    for count in (7, 40):
+        few = vectors[:count].copy()
+        few[3] = few[0] + 0.2 * (few[5] - few[0])
+        table = Table(build(features_file(tmp_path / f"{count}.parquet", few), tmp_path / f"{count}").folder)
+        scores = {hit.id: hit.score for hit in neighbours(table, table.vector(0), count)}
+        assert max(scores, key=lambda i: scores[i] if i else -1) == 3
+        assert np.std([scores[i] for i in range(1, count) if i != 3]) > 0.05
+        assert [[hit.id for hit in group] for group in duplicates(table, 0.95, torch.device("cpu"))] in ([], [[0, 3]])
 
 
 @pytest.mark.parametrize("count", [1, 2])

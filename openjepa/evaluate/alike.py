@@ -23,7 +23,8 @@ class Whitening:
     """Features less their mean, every direction scaled to the same variance.
 
     Pooled features of images lie close together, and differ mostly in a few directions, brightness for one: without this any two
-    have a cosine near 1. Of fewer than 80 rows the mean alone is taken away.
+    have a cosine near 1. Of fewer than 80 rows directions are scaled by what they vary and what all do on average: seven images
+    whose directions all varied alike would all be as far apart.
     mean: float32 [places, D], a mean for each place of a patch in the grid, as features tell the place, too; of whole images there
     is one. directions: float32 [D, d].
     """
@@ -60,9 +61,12 @@ def whitening(
     length = float((mean.astype(np.float64) ** 2).sum(1).mean())
     if variances[0] <= FLAT * length:  # one image, or copies of one
         return Whitening(np.zeros_like(mean), np.eye(dim, dtype=np.float32)[:, :MOST])
-    kept = min(MOST, rows // EACH, int((variances > FLAT * variances[0]).sum()))
-    if kept < FEWEST:  # too few rows to know how directions vary: they keep their own scales
-        return Whitening(mean, np.ascontiguousarray(axes[:, :MOST]).astype(np.float32))
+    told = min(MOST, int((variances > FLAT * variances[0]).sum()))  # directions in which rows differ
+    kept = min(told, rows // EACH)
+    if kept < FEWEST:  # too few rows to know how directions vary: all are kept, and the flatter ones count less
+        return Whitening(
+            mean, (axes[:, :told] / np.sqrt(variances[:told] + variances[:told].mean())).astype(np.float32)
+        )
     return Whitening(mean, (axes[:, :kept] / np.sqrt(variances[:kept])).astype(np.float32))
 
 
