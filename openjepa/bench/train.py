@@ -23,7 +23,8 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from openjepa.bench.clock import Rows, now, spread
-from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
+from openjepa.engine.device import TrainingPrecision, pick_autocast, pick_device, pick_precision
+from openjepa.engine.fp8 import has_fp8, use_fp8
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.engine.train import gradient_norm
 from openjepa.masking import MaskingConfig, Masks, TokenMasks, sample
@@ -75,7 +76,7 @@ class Variant:
 
     name: str
     case: Case
-    precision: Precision
+    precision: TrainingPrecision
     plain: Sequence[str] = ()  # the techniques that it does without
     compiled: bool = False  # its blocks, by torch.compile
 
@@ -90,9 +91,11 @@ class Trainee:
         with device:  # begun there: a CPU takes minutes for the largest
             self.method = IJEPA(case.model, case.predictor, LossConfig())
         self.method.train()
+        if variant.precision == "fp8":
+            use_fp8(self.method, device)
+        self.method.recompute_blocks(case.recompute)
         if variant.compiled:
             self.method.compile_blocks()
-        self.method.recompute_blocks(case.recompute)
         self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
         if "fused updates" in variant.plain:
             self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
@@ -145,7 +148,8 @@ def train(steps: int = 12, warmup: int = 3) -> Rows:
         best = pick_precision("auto", device)
         shared = replace(case, predictor=replace(case.predictor, context="shared"))
         if device.type == "cuda":  # float32 takes minutes there, and shows nothing
-            return [Variant(best, case, best), Variant(f"compiled, {best}", case, best, compiled=True)]
+            eight = [Variant("compiled, fp8", case, "fp8", compiled=True)] if has_fp8(device) else []
+            return [Variant(best, case, best), Variant(f"compiled, {best}", case, best, compiled=True), *eight]
         return [
             Variant("released", case, "fp32", plain=[*PLAIN]),
             Variant("float32", case, "fp32"),

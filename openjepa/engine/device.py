@@ -31,17 +31,20 @@ def pick_device(name: str) -> torch.device:
 
 
 Precision = Literal["auto", "bf16", "fp32"]
+TrainingPrecision = Literal["auto", "bf16", "fp32", "fp8"]  # fp8: see fp8.py
 
 
-def pick_precision(precision: Precision, device: torch.device) -> Precision:
-    """What `auto` means on this device: bf16 where it is the faster, else fp32. Others are returned as they are."""
+def pick_precision(precision: TrainingPrecision, device: torch.device) -> Precision:
+    """What `auto` means on this device: bf16 where it is the faster, else fp32. Of fp8, what is around it: bf16."""
+    if precision == "fp8":
+        return "bf16"
     if precision != "auto":
         return precision
     return "bf16" if has_fast_bf16(device) else "fp32"
 
 
-def pick_autocast(precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """bf16 autocast, or nothing. precision: auto, bf16 or fp32."""
+def pick_autocast(precision: TrainingPrecision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """bf16 autocast, or nothing."""
     if pick_precision(precision, device) == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

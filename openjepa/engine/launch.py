@@ -7,13 +7,13 @@ that fails that it was the first. The others then end quietly, so that one job h
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,8 +90,10 @@ class Roll:
         """End this process, which has waited too long, and name whom it waited for."""
         steps, waited = self.steps(), f"{self.patience:g} s"
         behind = [rank for rank, step in enumerate(steps) if step < max(steps)]
+        told = []
         if self.rank in behind or not behind:
-            faulthandler.dump_traceback()  # where it hangs
+            stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0], limit=12)
+            told += [f"rank {self.rank} hangs here:\n", *stack]
         if self.first():
             if behind:
                 what = f"{ranks(behind)} hangs: the others have waited for it in step {max(steps)} for {waited}"
@@ -99,7 +101,9 @@ class Roll:
                 what = (
                     f"step {max(steps)} has not ended in {waited}: all ranks are in it, a device or the network hangs"
                 )
-            print(f"openjepa: {what} (machine.patience_s); the same command goes on", file=sys.stderr, flush=True)
+            told.append(f"openjepa: {what} (machine.patience_s); the same command goes on\n")
+        sys.stderr.write("".join(told))  # at once, so that the ranks' lines do not mix
+        sys.stderr.flush()
         os._exit(1)
 
     def judge(self, error: Exception) -> Exception | SystemExit:

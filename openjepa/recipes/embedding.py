@@ -29,7 +29,14 @@ from openjepa.data.decode import PIXELS_VERSION, BadImage, decode
 from openjepa.data.sources import Source, first_use, open_source
 from openjepa.data.workers import loaded
 from openjepa.engine import checkpoint
-from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, pick_workers
+from openjepa.engine.device import (
+    Precision,
+    TrainingPrecision,
+    pick_autocast,
+    pick_device,
+    pick_precision,
+    pick_workers,
+)
 from openjepa.engine.whole import flush, make_folder, refuse_unwritable, taken, write_whole
 from openjepa.errors import UserError, first_line, printable
 from openjepa.evaluate.features import BATCH, EncoderFeatures, View, short_hash, weights_hash
@@ -125,14 +132,15 @@ def encoder_of(run: str, network: str | None, size: tuple[int, int] | None, prec
     """The encoder for images of a size, what is known of it, and the precision it runs in. Raises UserError."""
     encoder = load(run, network)
     about: dict[str, Any] = {"run": run, "step": None, "network": encoder.network}
+    learned: TrainingPrecision = "auto"
     if is_run(Path(run)):
         folder, found = checkpoint.locate(Path(run))
         about["step"] = found.step
-        precision = precision or saved_recipe(folder).precision
+        learned = saved_recipe(folder).precision
     if size and size != encoder.vit.config.image_size:
         encoder = encoder.resized(size)
     about["weights"] = weights_hash(encoder.vit)
-    return encoder.to(device), about, pick_precision(precision or "auto", device)
+    return encoder.to(device), about, pick_precision(precision or learned, device)
 
 
 def features_of(extractor: EncoderFeatures, images: Tensor, pool: Pool) -> Tensor:

@@ -21,6 +21,7 @@ from openjepa.data.store import limit, limited
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers
+from openjepa.engine.fp8 import use_fp8
 from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
 from openjepa.engine.optim import Schedule, build_optimizer
@@ -77,10 +78,12 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             f"{out} is not the same folder for all processes (rank {strangers[0]} sees another): use a disk that they share"
         )
     method.share(parallel.rank(), parallel.world_size())
+    if recipe.precision == "fp8":
+        use_fp8(method, device)
     method.recompute_blocks(recipe.machine.recompute)
     if recipe.machine.compile:
         method.compile_blocks()
-    model = parallel.spread(method, recipe.machine.strategy, device, recipe.precision == "bf16")
+    model = parallel.spread(method, recipe.machine.strategy, device, recipe.precision != "fp32")
     optimizer = build_optimizer(method, recipe.optim)
     run = Run(out, recipe.machine.keep, console, round(recipe.machine.keep_every * schedule.steps_per_epoch))
     if run.resumed:

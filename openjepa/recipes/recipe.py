@@ -17,7 +17,7 @@ from openjepa.data.augment import AugmentConfig, CropsConfig
 from openjepa.data.decode import MODES
 from openjepa.data.stream import DataConfig
 from openjepa.decoder.rcdm import RCDMConfig
-from openjepa.engine.device import Precision
+from openjepa.engine.device import TrainingPrecision
 from openjepa.engine.monitors import MonitorsConfig
 from openjepa.engine.optim import OptimConfig, ScheduleConfig
 from openjepa.engine.run import MachineConfig
@@ -44,7 +44,8 @@ class Recipe:
     init_from: str | None = None  # a run, or weights that can be imported, that a new run's networks begin with
     # or a run of its own, in RUN/first: its values over this one's
     first: dict[str, Any] = field(default_factory=dict, hash=False)
-    precision: Precision = "auto"  # auto: bf16 where its matrix products are faster, settled when a run begins
+    # auto: bf16 where its matrix products are faster, settled when a run begins
+    precision: TrainingPrecision = "auto"
     model: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)  # ijepa
     loss: LossConfig = field(default_factory=LossConfig)  # ijepa

@@ -20,6 +20,7 @@ from openjepa import rng
 from openjepa.data.stream import Batch
 from openjepa.engine import checkpoint, parallel
 from openjepa.engine.device import pick_autocast, pick_device
+from openjepa.engine.fp8 import use_fp8
 from openjepa.engine.optim import OptimConfig
 from openjepa.engine.train import gradient_norm
 from openjepa.engine.whole import write_whole
@@ -66,6 +67,8 @@ def replay(kept: Path) -> Iterator[str]:
     method = build(recipe)
     load_strict(method, found.weights(), str(found.path))
     method = method.to(device).train()
+    if recipe.precision == "fp8":
+        use_fp8(method, device)
     method.begin_step(found.state().get("epoch", 0.0))
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
