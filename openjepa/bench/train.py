@@ -55,6 +55,7 @@ CPU = (
         "ViT 192x12/4, 32 px", ViTConfig(size="Ti", image_size=(32, 32), patch_size=4), PredictorConfig(width=96), 128
     ),
     Case("ViT-S/16, 224 px", ViTConfig(size="S"), PredictorConfig(width=192), 32),
+    Case("ViT-B/16, 224 px", ViTConfig(size="B"), PredictorConfig(), 16),
 )
 CUDA = (
     Case("ViT-B/16, 224 px", ViTConfig(size="B"), PredictorConfig(), 256),
