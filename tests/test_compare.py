@@ -163,6 +163,9 @@ def test_what_two_processes_kept_is_drawn_as_one_comparison(quick, monkeypatch, 
     files[0].write_text(json.dumps({f"compare {name}": next(iter(kept.values())) for name, kept in two.items()}))
     assert "holds 2 comparisons" in refused(monkeypatch, capsys, "bench", "compare", "--kept", str(files[0]))
     assert "no measurements" in refused(monkeypatch, capsys, "bench", "compare", "--kept", str(picture))
+    for beside in (("--methods", "mae"), ("--data", "scenes:80"), ("--model.width", "8")):
+        told = refused(monkeypatch, capsys, "bench", "compare", "--kept", str(files[1]), *beside)
+        assert f"--kept measures nothing: leave {beside[0]} out" in told
 
 
 def test_seeds_of_other_numbers_of_looks_have_a_mean():

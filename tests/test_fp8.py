@@ -80,15 +80,23 @@ def test_weights_keep_their_names_and_encoders_predictor_and_blocks_alone_change
     changed = {name for name, module in method.named_modules() if type(module).__name__ == "Float8Linear"}
     assert {name.split(".")[0] for name in changed} == {"encoder", "target_encoder", "predictor"}
     assert all(".blocks." in name for name in changed)
-    assert len(changed) == 4 * (2 + 2 + 2)
+    called: set[str] = set()
+    for name, module in method.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    gradient(method)
+    assert changed <= called
+    assert len(changed) == 4 * (2 + 2 + 2) - 1  # but the final queries, keys and values, of weights taken apart
 
 
 def test_sizes_that_do_not_fit_stay_as_they_are(method):
     odd = IJEPA(replace(method.encoder.config, width=24), PredictorConfig(width=32, depth=1), LossConfig())
-    use_fp8(odd, CPU)
+    assert use_fp8(odd, CPU).startswith("fp8: 3 of 20 linear layers of blocks, emulated")
     kinds = {name: type(module).__name__ for name, module in odd.named_modules() if isinstance(module, nn.Linear)}
     assert {kind for name, kind in kinds.items() if name.startswith("encoder.blocks")} == {"Linear"}
     assert "Float8Linear" in {kind for name, kind in kinds.items() if name.startswith("predictor.blocks")}
+    none = IJEPA(replace(method.encoder.config, width=24), PredictorConfig(width=24, depth=1), LossConfig())
+    with pytest.raises(UserError, match="no linear layer of a block has sizes that are multiples of 16"):
+        use_fp8(none, CPU)
 
 
 def test_a_run_in_fp8_goes_on_bit_for_bit_and_is_asked_in_bf16(tiny, folder, tmp_path):

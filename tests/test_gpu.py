@@ -22,6 +22,7 @@ from openjepa.engine.device import MOST_WORKERS, pick_device, pick_precision, pi
 from openjepa.engine.optim import OptimConfig, build_optimizer
 from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks
+from openjepa.models import layers
 from openjepa.recipes import pretrain as pretraining
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.recipe import Recipe
@@ -106,6 +107,25 @@ def test_contexts_of_many_lengths_are_not_padded(monkeypatch):
     seen = forward(recipe_of("ijepa", masking={"context": "packed"}), monkeypatch)
     assert seen["varlen", torch.bfloat16] == 3  # two blocks of the context encoder, one of the predictor
     assert seen["sdpa", torch.bfloat16] == 2  # of the target encoder, which sees whole images
+
+
+def test_sequences_of_many_lengths_are_handed_over_by_where_they_end(monkeypatch):
+    """The flash kernel is replaced by one sequence after another."""
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, longest: int, *_: Any) -> Tensor:
+        assert ends.dtype == torch.int32
+        assert torch.equal(ends, key_ends)
+        assert longest == int(ends.diff().max())
+        parts = [slice(a, b) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        own = [layers.plain_attention(*(x[part].transpose(0, 1)[None] for x in (q, k, v))) for part in parts]
+        return torch.cat([out[0].transpose(0, 1) for out in own])
+
+    monkeypatch.setattr(varlen, "varlen_attn", one_by_one)
+    lengths = torch.tensor([5, 2, 7])
+    ragged = layers.Ragged(torch.arange(7) < lengths[:, None], 14)
+    q, k, v = torch.randn(3, 14, 2, 8, generator=torch.Generator().manual_seed(0))
+    found = layers.flash_attention(q, k, v, ragged)
+    torch.testing.assert_close(found, layers.ragged_attention(q, k, v, ragged), rtol=0, atol=1e-5)
 
 
 def test_the_optimiser_is_one_kernel_a_group():

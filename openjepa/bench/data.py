@@ -12,6 +12,7 @@ from PIL import Image
 
 from openjepa.bench.clock import Rows, in_turn, spread
 from openjepa.data.augment import NUMBERS, AugmentConfig, augment
+from openjepa.data.decode import DAMAGE
 from openjepa.data.scenes import Job, render_range
 from openjepa.data.sources import open_source
 from openjepa.errors import UserError
@@ -36,12 +37,22 @@ def photographs() -> list[bytes]:
 
 
 def encoded(spec: str) -> list[bytes]:
-    """The first images of a data set, as they lie there. Raises UserError for one whose images are not encoded."""
+    """The first JPEGs of a data set, as they lie there, but for damaged ones. Raises UserError where there are none."""
     source = open_source(spec)
-    found = [raw for raw in map(source.read, range(min(READ, len(source)))) if isinstance(raw, bytes)]
+    found = [raw for raw in map(source.read, range(min(READ, len(source)))) if isinstance(raw, bytes) and whole(raw)]
     if not found:
-        raise UserError(f"{spec} has no encoded images: give a folder, Parquet or shards")
+        raise UserError(f"{spec} has no JPEGs, which all ways read: give a folder, Parquet or shards of them")
     return found
+
+
+def whole(raw: bytes) -> bool:
+    """Whether these are a JPEG's bytes, all of them."""
+    try:
+        image = Image.open(io.BytesIO(raw))
+        image.load()
+    except DAMAGE:
+        return False
+    return image.format == "JPEG"
 
 
 def data(spec: str | None = None, repeats: int = 9) -> Rows:

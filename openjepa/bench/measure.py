@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from openjepa.engine.run import Interrupted, environment
 from openjepa.engine.whole import refuse_unwritable, write_whole
 from openjepa.errors import UserError, first_line, nearest
 
-COLUMNS = 9  # of a table that a terminal can hold
+COLUMNS = 8  # of a table that a terminal can hold
+WAYS = 5  # as many columns of quantities
 PICTURES = (".png", ".svg", ".pdf")
 
 BENCHES: dict[str, Callable[..., Rows]] = {
@@ -72,10 +75,13 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
     for flag, given, whose in [*flags, *((f"--{name}", value, ("compare",)) for name, value in asked.items())]:
         if given and what not in whose:
             raise UserError(f"{flag} goes with bench {' and '.join(whose)}")
-    if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir()):
+    if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir() or plot.is_dir()):
         raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
+    if plot:
+        refuse_unwritable(plot.absolute().parent)
     if out:
         kept(out)
+        make(out.parent)
     given = {name: value for name, value in asked.items() if value}
     name = ", ".join([what, *filter(None, (peer, spec)), *(f"{v}" for k, v in given.items() if k in NAMED)])
     command = shlex.join(["openjepa", *sys.argv[1:]])
@@ -99,16 +105,17 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
         left = f"{len(record['rows'])} rows are kept in {out}: the same command goes on"
         raise Interrupted(left if record["rows"] else "nothing of this measurement is kept", stop.status) from stop
     record["rows"] = rows
+    if as_json:
+        print(json.dumps({"bench": name, **record}, indent=1))
+    else:
+        for part in tables(name, rows):
+            Console().print(part)
     if out:
         add(out, name, record, gone=unfinished(name))
     if plot:
         from openjepa.see import figures
 
         getattr(figures, FIGURES[what])(rows).savefig(plot, dpi=150)
-    if as_json:
-        print(json.dumps({"bench": name, **record}, indent=1))
-    else:
-        Console().print(table(name, rows))
 
 
 def kept(file: Path) -> dict[str, Any]:
@@ -125,9 +132,16 @@ def kept(file: Path) -> dict[str, Any]:
 
 def add(file: Path, name: str, record: Mapping[str, Any], gone: str | None = None) -> None:
     """Keep a measurement beside others, in place of an earlier one by its name, and of another that is `gone` with it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     others = {key: value for key, value in kept(file).items() if key != gone}
     write_whole(file, json.dumps({**others, name: record}, indent=1) + "\n")
+
+
+def make(folder: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {first_line(error)}") from error
 
 
 def unfinished(name: str) -> str:
@@ -148,12 +162,34 @@ def begun(file: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def table(name: str, rows: Rows) -> Table:
-    """A line a row, or a line a quantity where they are many."""
-    lines = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    if len(lines[0]) > COLUMNS:
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    out = Table(*lines[0], title=f"bench {name}")
+def tables(name: str, rows: Rows) -> list[Table]:
+    """A line a row; or, of rows with many quantities, a line a quantity, in a table for each value of the first."""
+    if len(rows[0]) <= COLUMNS:
+        return [table(f"bench {name}", [[*rows[0]], *([shown(value) for value in row.values()] for row in rows)])]
+    first = next(iter(rows[0]))
+    parts = {row[first]: [row_ for row_ in rows if row_[first] == row[first]] for row in rows}
+    if len(rows) <= WAYS:
+        parts = {"": rows}
+    found = []
+    for value, part in parts.items():
+        names = [key for key in dict.fromkeys(chain(*part)) if not value or key != first]
+        lines = [[key, *(shown(row.get(key, "")) for row in part)] for key in names]
+        found.append(table(f"bench {name}" + (f": {value}" if value else ""), lines))
+    return found
+
+
+def table(title: str, lines: list[list[str]]) -> Table:
+    """The first line is the head. Words are folded where there is no room, numbers never."""
+    out = Table(title=title, padding=(0, 0, 0, 1))
+    for head, *cells in zip(*lines, strict=True):
+        numbers = [cell for cell in cells if re.fullmatch(r"[-+.\de]*", cell)]
+        out.add_column(head.replace(" ", "\n"), overflow="fold", min_width=max(map(len, numbers), default=1))
     for line in lines[1:]:
         out.add_row(*line)
     return out
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"

@@ -1,7 +1,7 @@
 """`openjepa bench train --against PEER`: the peers' own public I-JEPA modules, on the same images, masks and sizes.
 
 A process for each turn, ours and theirs in alternation: neither warms the other's caches nor inherits its settings. The peer's
-module is built as its documentation shows; masks, optimiser and precision are the same for both.
+module is built as its documentation shows; masks, optimiser, precision and sizes, the predictor's heads too, are the same for both.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ TURNS, STEPS, WARMUP = 3, 6, 2
 def openjepa(case: Case) -> tuple[nn.Module, Step, Follow]:
     method = IJEPA(case.model, case.predictor, LossConfig())
     return method, lambda images, masks: method(images, masks)["loss"], lambda: method.after_step(0.996)
+
+
+def compiled(case: Case) -> tuple[nn.Module, Step, Follow]:
+    method, step, follow = openjepa(case)
+    method.compile_blocks()  # type: ignore[operator]
+    return method, step, follow
 
 
 def shared_context(case: Case) -> tuple[nn.Module, Step, Follow]:
@@ -85,7 +91,10 @@ def lightly(case: Case) -> tuple[nn.Module, Step, Follow]:
 
 
 def stable_pretraining(case: Case) -> tuple[nn.Module, Step, Follow]:
-    """stable-pretraining's module; it predicts all blocks together, in one sequence, instead of each apart."""
+    """stable-pretraining's module; it predicts all blocks together, in one sequence, instead of each apart.
+
+    Its predictor has heads of 64 and takes no other number of them.
+    """
     from stable_pretraining.methods import IJEPA as Theirs
 
     module = Theirs(
@@ -103,8 +112,15 @@ def stable_pretraining(case: Case) -> tuple[nn.Module, Step, Follow]:
     return module, step, module.encoder.update_teacher
 
 
-OURS = {"openjepa": openjepa, "openjepa, shared context": shared_context}
+OURS = {"openjepa": openjepa, "openjepa, compiled": compiled, "openjepa, shared context": shared_context}
 PEERS = {"lightly": lightly, "stable-pretraining": stable_pretraining}
+
+
+def like(peer: str, case: Case) -> Case:
+    """The sizes that a peer can be built with."""
+    if peer != "stable-pretraining":
+        return case
+    return replace(case, predictor=replace(case.predictor, heads=max(1, case.predictor.width // 64)))
 
 
 def turn(who: str, case: Case, precision: Precision, steps: int = STEPS, warmup: int = WARMUP) -> list[float]:
@@ -147,7 +163,7 @@ def against(peer: str) -> Rows:
         seconds: dict[str, list[float]] = {who: [] for who in (*OURS, peer)}
         for _ in range(TURNS):
             for who, taken in seconds.items():
-                taken += in_its_own_process(who, i, precision)
+                taken += in_its_own_process(who, peer, i, precision)
         theirs = median(seconds[peer])
         for who, taken in seconds.items():
             rows.append(
@@ -164,8 +180,8 @@ def against(peer: str) -> Rows:
     return rows
 
 
-def in_its_own_process(who: str, case: int, precision: Precision) -> list[float]:
-    words = [sys.executable, "-m", "openjepa.bench.peers", who, str(case), precision]
+def in_its_own_process(who: str, peer: str, case: int, precision: Precision) -> list[float]:
+    words = [sys.executable, "-m", "openjepa.bench.peers", who, peer, str(case), precision]
     ended = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "disabled"})
     if ended.returncode:
         raise UserError(f"{who} failed: {last_line(ended.stderr)}")
@@ -174,5 +190,5 @@ def in_its_own_process(who: str, case: int, precision: Precision) -> list[float]
 
 
 if __name__ == "__main__":
-    who, case, precision = sys.argv[1:]
-    print(json.dumps(turn(who, cases(pick_device("auto"))[int(case)], precision)))  # type: ignore[arg-type]
+    who, peer, case, precision = sys.argv[1:]
+    print(json.dumps(turn(who, like(peer, cases(pick_device("auto"))[int(case)]), precision)))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
-from openjepa.bench.clock import Rows, now, spread
+from openjepa.bench.clock import Rows, in_turn, now, spread
 from openjepa.engine.device import TrainingPrecision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.fp8 import has_fp8, use_fp8
 from openjepa.engine.optim import OptimConfig, build_optimizer
@@ -99,9 +99,15 @@ class Trainee:
             self.method.compile_blocks()
         self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
         if "fused updates" in variant.plain:
-            self.optimizer = AdamW(self.optimizer.param_groups, foreach=False)
+            groups = [{**group, "fused": False} for group in self.optimizer.param_groups]
+            self.optimizer = AdamW(groups, foreach=False)
         self.autocast = pick_autocast(variant.precision, device)
         self.forget()
+
+    def casts(self) -> float:
+        """Seconds in which autocast rounds the target encoder's matrices, each step anew: what a kept copy would save."""
+        matrices = [p for p in self.method.target_encoder.parameters() if p.ndim > 1]
+        return median(in_turn({"": lambda: [p.bfloat16() for p in matrices]}, 5)[""])
 
     def forget(self) -> None:
         """What was timed until now."""
@@ -148,21 +154,25 @@ def train(steps: int = 12, warmup: int = 3) -> Rows:
     def variants(case: Case, device: torch.device) -> list[Variant]:
         best = pick_precision("auto", device)
         shared = replace(case, predictor=replace(case.predictor, context="shared"))
-        if device.type == "cuda":  # float32 takes minutes there, and shows nothing
-            eight = [Variant("compiled, fp8", case, "fp8", compiled=True)] if has_fp8(device) else []
-            return [Variant(best, case, best), Variant(f"compiled, {best}", case, best, compiled=True), *eight]
-        return [
+        released, float32, bf16 = (
             Variant("released", case, "fp32", plain=[*PLAIN]),
             Variant("float32", case, "fp32"),
             Variant("bf16", case, "bf16"),
+        )
+        faster = [
             Variant(f"compiled, {best}", case, best, compiled=True),
             Variant(f"shared context, {best}", shared, best),
         ]
+        if device.type == "cpu":
+            return [released, float32, bf16, *faster]
+        eight = [Variant("compiled, fp8", case, "fp8", compiled=True)] if has_fp8(device) else []
+        fits = [released] if case.recompute == "none" else []
+        return [*fits, Variant(best, case, best), *faster, *eight]
 
     return measured(variants, steps, warmup)
 
 
-def techniques(steps: int = 9, warmup: int = 2) -> Rows:
+def techniques(steps: int = 12, warmup: int = 2) -> Rows:
     """What each technique brings: ours, and ours without one of them."""
 
     def variants(case: Case, device: torch.device) -> list[Variant]:
@@ -176,16 +186,20 @@ def techniques(steps: int = 9, warmup: int = 2) -> Rows:
 
 
 def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int, warmup: int) -> Rows:
-    """Steps of every variant, for every case: on a CPU in turn, on a GPU, whose memory they fill, one after another."""
+    """Steps of every variant, for every case: on a CPU in turn, on a GPU, whose memory they fill, one after another.
+
+    How much faster one is than the first: the median over pairs of steps with the same masks, and the quarters around it.
+    """
     device = pick_device("auto")
-    peak = max(matrix_peak(device, dtype) for dtype in (torch.bfloat16, torch.float32))
     rows: Rows = []
     for case in cases(device):
+        peak = max(matrix_peak(device, dtype, case) for dtype in (torch.bfloat16, torch.float32))
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
         masks = [m.to(device) for m in drawn]
         ways = variants(case, device)
         found: Rows = []
+        taken: list[list[float]] = []
         for together in ([way] for way in ways) if device.type == "cuda" else [ways]:
             trainees = [Trainee(way, device) for way in together]
             with most_memory(device) as memory:
@@ -196,12 +210,14 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
                     for trainee in trainees:
                         trainee.step(images, masks[step], apart=True)
             found += [{**row(trainee, masks, warmup, peak), **memory} for trainee in trainees]
+            taken += [trainee.seconds[warmup:] for trainee in trainees]
             del trainees, trainee
             for each in found[-len(together) :]:
                 print(f"{case.name}, {each['variant']}: {each['images_per_s']:.1f} images/s", file=sys.stderr)
         baseline = f"over_{ways[0].name}"
-        for each in found:
-            each[baseline] = found[0]["median_s"] / each["median_s"]
+        for each, seconds in zip(found, taken, strict=True):
+            low, ratio, high = np.quantile(np.divide(taken[0], seconds), (0.25, 0.5, 0.75)).tolist()
+            each |= {baseline: ratio, f"{baseline}_from": low, f"{baseline}_to": high}
             each["context_tokens"] = float(np.mean([m.context.shape[-1] for m in drawn]))
             each["target_tokens"] = float(np.mean([m.targets.shape[-1] for m in drawn]))
         rows += found
@@ -221,6 +237,7 @@ def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> d
         "share_of_peak": work * batch / median(seconds) / peak,
         "peak_gflops": peak / 1e9,
         **{f"{part}_s": median(times) for part, times in trainee.parts.items()},
+        "target_casts_s": 0.0 if variant.precision == "fp32" else trainee.casts(),
         "batch": batch,
     }
 
@@ -277,31 +294,35 @@ def work(method: Method, images: Tensor, masks: Sequence[Masks | TokenMasks], pl
     """Operations of a step's matrix products, forward and backward: the mean over masks of the images."""
     found = []
     for mask in masks:
-        with without([*plain, "torch's attention"]), FlopCounterMode(display=False) as counter:
+        with without([*plain, "the faster attention"]), FlopCounterMode(display=False) as counter:
             method(images, mask)["loss"].backward()
         found.append(counter.get_total_flops())
     return float(np.mean(found))
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best of several matrix products."""
+def matrix_peak(device: torch.device, dtype: torch.dtype, case: Case) -> float:
+    """Operations a second of the best of several matrix products: a large square one, and the two of the encoder's MLP."""
     side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        start = now(device)
-        a @ b
-        best = min(best, now(device) - start)
-    return 2 * side**3 / best
+    tokens, width = case.batch * case.model.grid[0] * case.model.grid[1], case.model.dim
+    best = 0.0
+    for m, k, n in ((side, side, side), (tokens, width, 4 * width), (tokens, 4 * width, width)):
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        for _ in range(12):
+            start = now(device)
+            a @ b
+            best = max(best, 2 * m * k * n / (now(device) - start))
+    return best
 
 
 # ---------------------------------------------------------------- the released algorithm as its notes describe it
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout = None) -> Tensor:
-    """Matrix products and a softmax, nothing fused."""
+def other_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout = None) -> Tensor:
+    """The kernel that ours does not take: torch's fused one, or matrix products and a softmax, nothing fused."""
     if isinstance(layout, Shared):
         return shared_attention(q, k, v, layout)
+    if q.device.type == "cpu" and layers.short(q):
+        return F.scaled_dot_product_attention(q, k, v)
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
@@ -319,7 +340,7 @@ def whole_block(self: Block, x: Tensor, layout: Layout = None, last: int | None 
 
 block_forward = Block.forward
 PLAIN: dict[str, tuple[Any, str, Any] | None] = {  # a technique, and what stands in its place
-    "torch's attention": (layers, "attention", explicit),
+    "the faster attention": (layers, "attention", other_attention),
     "embedding the visible alone": (PatchEmbed, "forward", embeds_all),
     "a final block of targets alone": (Block, "forward", whole_block),
     "fused updates": None,  # of optimiser and target encoder: see Variant

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from openjepa.commands.options import pairs, refuse
+from openjepa.errors import UserError
 
 
 def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.bench.measure import measure
     from openjepa.engine.run import Interrupted
 
+    for flag in ("plot", "out"):
+        if getattr(args, flag) == "":
+            raise UserError(f"--{flag} is empty: give a file's name")
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))
     asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds", "looks", "kept")}
     if args.what == "compare":
         asked["values"] = pairs(rest)
     else:
         refuse(rest)
+    beside = [f"--{name}" for name in ("data", *asked) if name not in ("kept", "values") and getattr(args, name)]
+    if args.kept and (beside or rest):
+        raise UserError(f"--kept measures nothing: leave {' and '.join(beside or rest[:1])} out")
     try:
         measure(args.what, peer=args.against, spec=args.data, plot=plot, out=out, as_json=args.json, **asked)
     except Interrupted as stop:

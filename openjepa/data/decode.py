@@ -1,4 +1,4 @@
-"""Encoded bytes to a uint8 crop: open the header, choose the crop, decode no more than it needs.
+"""Encoded bytes to a uint8 crop: open the header, choose the crop, decode (a much larger JPEG smaller), crop and resize.
 
 Plain JPEGs are decoded by libjpeg-turbo into one array and resized by torch's antialiased kernel, at nearly twice Pillow's
 speed (`openjepa bench data`); all others, PNG, WebP, BMP, TIFF and odd JPEGs, by Pillow. Transparency is laid on white, 16-bit

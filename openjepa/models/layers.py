@@ -81,11 +81,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
     """Variable-length flash attention where the device has it, padded and masked attention elsewhere."""
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = F.pad(ragged.mask.sum(-1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-        longest = ragged.mask.shape[1]
-        return cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest))
+        return flash_attention(q, k, v, ragged)
     q, k, v = (ragged.pad(t).transpose(1, 2) for t in (q, k, v))  # [S, heads, L, d]
     mask = ragged.mask[:, None, None, :]
     if q.device.type == "cpu" and short(q):
@@ -93,6 +89,15 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return ragged.pack(out.transpose(1, 2))
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> Tensor:
+    """Variable-length: sequences end to end, and where each of them ends."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(ragged.mask.sum(-1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    longest = ragged.mask.shape[1]
+    return cast(Tensor, varlen_attn(q, k, v, ends, ends, longest, longest))
 
 
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> Tensor:

@@ -79,7 +79,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
         )
     method.share(parallel.rank(), parallel.world_size())
     if recipe.precision == "fp8":
-        use_fp8(method, device)
+        console.print(use_fp8(method, device), highlight=False)
     method.recompute_blocks(recipe.machine.recompute)
     if recipe.machine.compile:
         method.compile_blocks()

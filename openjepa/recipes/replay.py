@@ -68,7 +68,7 @@ def replay(kept: Path) -> Iterator[str]:
     load_strict(method, found.weights(), str(found.path))
     method = method.to(device).train()
     if recipe.precision == "fp8":
-        use_fp8(method, device)
+        yield use_fp8(method, device)
     method.begin_step(found.state().get("epoch", 0.0))
     normalise = Normalise(recipe.data.mean, recipe.data.std).to(device)
     autocast = pick_autocast(recipe.precision, device)
