@@ -96,6 +96,7 @@ class Trainee:
             use_fp8(self.method, device)
         self.method.recompute_blocks(case.recompute)
         if variant.compiled:
+            torch.compiler.reset()  # torch compiles eight kinds of block, of all models before this one, and no more
             self.method.compile_blocks()
         self.optimizer: AdamW = build_optimizer(self.method, OptimConfig())
         if "fused updates" in variant.plain:
