@@ -50,7 +50,7 @@ def test_recipes_survive_yaml(name):
         ({"predictor.alone_epochs": "999"}, "predictor.alone_epochs (999) must be shorter than the run"),
         ({"masking.context": "packed", "predictor.context": "shared"}, "does not go with predictor.context"),
         ({"seed": "-1"}, "seed"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"precision": "fp4"}, "precision is 'fp4'"),
         ({"optim.lr": ".nan"}, "expected a finite number"),
         ({"schedule.epochs": ".inf"}, "expected a finite number"),
         ({"optim.lr": "1e-6"}, "is the highest rate"),
