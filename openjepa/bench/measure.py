@@ -75,10 +75,10 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
     for flag, given, whose in [*flags, *((f"--{name}", value, ("compare",)) for name, value in asked.items())]:
         if given and what not in whose:
             raise UserError(f"{flag} goes with bench {' and '.join(whose)}")
-    if plot and (plot.suffix not in PICTURES or not plot.absolute().parent.is_dir() or plot.is_dir()):
-        raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
     if plot:
-        refuse_unwritable(plot.absolute().parent)
+        if plot.suffix not in PICTURES or not plot.absolute().parent.is_dir() or plot.is_dir():
+            raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
+        refuse_unwritable(plot.parent)
     if out:
         kept(out)
         make(out.parent)
@@ -166,16 +166,18 @@ def tables(name: str, rows: Rows) -> list[Table]:
     """A line a row; or, of rows with many quantities, a line a quantity, in a table for each value of the first."""
     if len(rows[0]) <= COLUMNS:
         return [table(f"bench {name}", [[*rows[0]], *([shown(value) for value in row.values()] for row in rows)])]
-    first = next(iter(rows[0]))
-    parts = {row[first]: [row_ for row_ in rows if row_[first] == row[first]] for row in rows}
     if len(rows) <= WAYS:
-        parts = {"": rows}
-    found = []
-    for value, part in parts.items():
-        names = [key for key in dict.fromkeys(chain(*part)) if not value or key != first]
-        lines = [[key, *(shown(row.get(key, "")) for row in part)] for key in names]
-        found.append(table(f"bench {name}" + (f": {value}" if value else ""), lines))
-    return found
+        return [across(f"bench {name}", rows)]
+    first = next(iter(rows[0]))
+    parts: dict[str, Rows] = {}
+    for row in rows:
+        parts.setdefault(row[first], []).append({key: value for key, value in row.items() if key != first})
+    return [across(f"bench {name}: {value}", part) for value, part in parts.items()]
+
+
+def across(title: str, rows: Rows) -> Table:
+    """A column a row."""
+    return table(title, [[key, *(shown(row.get(key, "")) for row in rows)] for key in dict.fromkeys(chain(*rows))])
 
 
 def table(title: str, lines: list[list[str]]) -> Table:

@@ -42,9 +42,9 @@ def openjepa(case: Case) -> tuple[nn.Module, Step, Follow]:
 
 
 def compiled(case: Case) -> tuple[nn.Module, Step, Follow]:
-    method, step, follow = openjepa(case)
-    method.compile_blocks()  # type: ignore[operator]
-    return method, step, follow
+    ours = openjepa(case)
+    ours[0].compile_blocks()  # type: ignore[operator]
+    return ours
 
 
 def shared_context(case: Case) -> tuple[nn.Module, Step, Follow]:

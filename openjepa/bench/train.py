@@ -155,19 +155,15 @@ def train(steps: int = 12, warmup: int = 3) -> Rows:
     def variants(case: Case, device: torch.device) -> list[Variant]:
         best = pick_precision("auto", device)
         shared = replace(case, predictor=replace(case.predictor, context="shared"))
-        released, float32, bf16 = (
-            Variant("released", case, "fp32", plain=[*PLAIN]),
-            Variant("float32", case, "fp32"),
-            Variant("bf16", case, "bf16"),
-        )
+        released = Variant("released", case, "fp32", plain=[*PLAIN])
         faster = [
             Variant(f"compiled, {best}", case, best, compiled=True),
             Variant(f"shared context, {best}", shared, best),
         ]
         if device.type == "cpu":
-            return [released, float32, bf16, *faster]
+            return [released, Variant("float32", case, "fp32"), Variant("bf16", case, "bf16"), *faster]
+        fits = [released] if case.recompute == "none" else []  # in float32
         eight = [Variant("compiled, fp8", case, "fp8", compiled=True)] if has_fp8(device) else []
-        fits = [released] if case.recompute == "none" else []
         return [*fits, Variant(best, case, best), *faster, *eight]
 
     return measured(variants, steps, warmup)
