@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openjepa.bench import cost, measure, parts, peers
 from openjepa.bench import train as bench
-from openjepa.bench.train import PLAIN, Case, Variant, without
+from openjepa.bench.train import CPU, PLAIN, Case, Variant, without
 from openjepa.engine.device import pick_precision
 from openjepa.masking import MaskingConfig, sample
 from openjepa.methods.ijepa import IJEPA, LossConfig
@@ -150,6 +151,27 @@ def test_every_variant_takes_its_turn(monkeypatch):
         assert row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
         assert all(row[f"{part}_s"] > 0 for part in bench.PARTS)
+        assert row["peak_bf16_gflops"] == row["peak_fp32_gflops"] == 1e3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's own peak anew")
+def test_memory_is_of_one_variant_and_grows_with_its_images():
+    """Weights, both moments and gradients, and for each image at least the inputs of four linear layers a block (float32)."""
+
+    def most(batch: int) -> tuple[float, bench.Trainee]:
+        case = replace(CPU[0], batch=batch)
+        masks = sample(MaskingConfig(), case.model.grid, 0, 0, np.arange(batch))
+        images = torch.randn(batch, 3, *case.model.image_size)
+        trainee = bench.Trainee(Variant("", case, "fp32"), torch.device("cpu"))
+        trainee.step(images, masks)
+        kept = masks.context.shape[-1] * case.model.n_blocks * case.model.dim * (1 + 1 + 1 + 4) * 4 * batch
+        return trainee.most_memory(images, [masks])["peak_memory_gib"] * 2**30 - kept, trainee
+
+    few, trainee = most(8)
+    learning = sum(p.nbytes for p in trainee.method.parameters() if p.requires_grad)
+    assert few > 4 * learning
+    many, _ = most(64)
+    assert many > few
 
 
 def test_peers_take_their_turn_on_the_same_masks(monkeypatch):

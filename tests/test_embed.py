@@ -49,6 +49,14 @@ def test_features_are_those_that_evaluations_use(trained, folder, tmp_path, laye
     assert np.allclose(ours, theirs, atol=1e-6)
 
 
+def test_compiled_blocks_have_the_same_features(trained, folder, tmp_path, few):
+    made(trained, folder, tmp_path / "plain.parquet")
+    torch._dynamo.utils.counters.clear()
+    made(trained, folder, tmp_path / "compiled.parquet", compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert np.allclose(features(tmp_path / "plain.parquet"), features(tmp_path / "compiled.parquet"), atol=1e-5)
+
+
 def test_patches_are_the_encoders_at_their_places_and_average_to_the_mean(trained, folder, tmp_path, few):
     made(trained, folder, tmp_path / "p.parquet", pool="patches")
     made(trained, folder, tmp_path / "m.parquet")

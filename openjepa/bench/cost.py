@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from openjepa.bench.clock import Rows, spread
-from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, most_memory, work
+from openjepa.bench.train import MASKS, Case, Trainee, Variant, flops, work
 from openjepa.engine.device import pick_device, pick_precision
 from openjepa.errors import UserError, last_line
 from openjepa.masking import MaskingConfig, sample
@@ -124,11 +124,11 @@ def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:
             masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
             images = torch.randn(count, 3, *case.model.image_size, device=device)
             trainee.forget()
-            with most_memory(device) as memory:
-                for s in range(warmup + steps):
-                    trainee.step(images, masks[s % MASKS].to(device))
-                for mask in masks:
-                    trainee.step(images, mask.to(device), apart=True)
+            masks = [mask.to(device) for mask in masks]
+            for s in range(warmup + steps):
+                trainee.step(images, masks[s % MASKS])
+            for mask in masks:
+                trainee.step(images, mask, apart=True)
             taken = trainee.seconds[warmup:]
             rows.append(
                 {
@@ -139,7 +139,7 @@ def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:
                     "deviation": stdev(b / a for a, b in zip(taken, taken[MASKS:], strict=False))
                     / 2**0.5,  # of equal masks
                     **{f"{part}_s": median(times) for part, times in trainee.parts.items()},
-                    **memory,
+                    **trainee.most_memory(images, masks),
                 }
             )
     return rows

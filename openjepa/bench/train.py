@@ -5,12 +5,15 @@ Variants take turns on the same images and masks in one process, so that what el
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -36,6 +39,7 @@ from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 
 MASKS = 6  # batches of masks that take turns: block sizes differ from one to the next
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("target_encoder", "context_encoder", "predictor", "backward", "optimizer", "ema")
 
 
@@ -109,6 +113,26 @@ class Trainee:
         """Seconds in which autocast rounds the target encoder's matrices, each step anew: what a kept copy would save."""
         matrices = [p for p in self.method.target_encoder.parameters() if p.ndim > 1]
         return median(in_turn({"": lambda: [p.bfloat16() for p in matrices]}, 5)[""])
+
+    def most_memory(self, images: Tensor, masks: Sequence[Masks]) -> dict[str, float]:
+        """What its steps hold at most: on a GPU what is allocated there, on Linux its weights and states and what a step takes
+        of memory beside them. Says nothing elsewhere."""
+        gc.collect()  # recomputed blocks hold themselves
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = 0
+        elif sys.platform == "linux":
+            kept = [*self.method.parameters(), *self.method.buffers()]
+            kept += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+            before = resident("VmRSS") - sum(t.nbytes for t in kept)
+            Path("/proc/self/clear_refs").write_text("5")  # forget the most there was
+        else:
+            return {}
+        for mask in masks:
+            self.step(images, mask)
+        most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM")
+        return {"peak_memory_gib": (most - before) / 2**30}
 
     def forget(self) -> None:
         """What was timed until now."""
@@ -190,7 +214,9 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
     device = pick_device("auto")
     rows: Rows = []
     for case in cases(device):
-        peak = max(matrix_peak(device, dtype, case) for dtype in (torch.bfloat16, torch.float32))
+        rates = {kind: matrix_peak(device, dtype, case) for kind, dtype in DTYPES.items()}
+        peak = max(rates.values())
+        peaks = {f"peak_{kind}_gflops": rate / 1e9 for kind, rate in rates.items()}
         images = torch.randn(case.batch, 3, *case.model.image_size, device=device)
         drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(case.batch)) for s in range(MASKS)]
         masks = [m.to(device) for m in drawn]
@@ -199,14 +225,16 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
         taken: list[list[float]] = []
         for together in ([way] for way in ways) if device.type == "cuda" else [ways]:
             trainees = [Trainee(way, device) for way in together]
-            with most_memory(device) as memory:
-                for step in range(warmup + steps):
-                    for trainee in trainees:
-                        trainee.step(images, masks[step % MASKS])
-                for step in range(MASKS):
-                    for trainee in trainees:
-                        trainee.step(images, masks[step], apart=True)
-            found += [{**row(trainee, masks, warmup, peak), **memory} for trainee in trainees]
+            for step in range(warmup + steps):
+                for trainee in trainees:
+                    trainee.step(images, masks[step % MASKS])
+            for step in range(MASKS):
+                for trainee in trainees:
+                    trainee.step(images, masks[step], apart=True)
+            found += [
+                {**row(trainee, masks, warmup, peak), **peaks, **trainee.most_memory(images, masks)}
+                for trainee in trainees
+            ]
             taken += [trainee.seconds[warmup:] for trainee in trainees]
             del trainees, trainee
             for each in found[-len(together) :]:
@@ -232,25 +260,17 @@ def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> d
         **spread(seconds),
         "gflop_per_image": work / 1e9,
         "share_of_peak": work * batch / median(seconds) / peak,
-        "peak_gflops": peak / 1e9,
         **{f"{part}_s": median(times) for part, times in trainee.parts.items()},
         "target_casts_s": 0.0 if variant.precision == "fp32" else trainee.casts(),
         "batch": batch,
     }
 
 
-@contextmanager
-def most_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """The most that was allocated on a GPU meanwhile; says nothing of other devices."""
-    found: dict[str, float] = {}
-    if device.type != "cuda":
-        yield found
-        return
-    gc.collect()  # recomputed blocks hold themselves
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+def resident(line: str) -> int:
+    """Bytes of this process's memory, as Linux counts them: VmRSS now, VmHWM at most. What was freed is given back first."""
+    ctypes.CDLL(None).malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", status)[0])
 
 
 def profile(steps: int = 3) -> Rows:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import height_and_width, looking, pairs
+from openjepa.commands.options import COMPILE, height_and_width, looking, pairs
 
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
@@ -14,7 +14,8 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     from openjepa.recipes.evaluation import Question, evaluate
 
-    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh", "workers")
+    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh", "workers",
+             "compile")  # fmt: skip
     question = Question(
         **{name: getattr(args, name) for name in names},
         image_size=height_and_width(args.image_size),
@@ -81,6 +82,7 @@ def add(commands: Any) -> None:
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
     p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
     p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
+    p.add_argument("--compile", action="store_true", help=COMPILE)
 
     p = commands.add_parser(
         "finetune",

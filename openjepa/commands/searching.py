@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import SPEC, height_and_width, looking, refuse, whole_numbers
+from openjepa.commands.options import COMPILE, SPEC, height_and_width, looking, refuse, whole_numbers
 from openjepa.errors import UserError
 
 
@@ -18,7 +18,7 @@ def embed(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.embedding import Embedding, embed, skipped_file
 
     refuse(rest)
-    names = ("run", "data", "layers", "pool", "half", "network", "squash", "precision", "device", "workers")
+    names = ("run", "data", "layers", "pool", "half", "network", "squash", "precision", "device", "workers", "compile")
     given = {name: getattr(args, name) for name in names}
     out = Path(args.out)
     made = embed(Embedding(**given, out=out, image_size=height_and_width(args.image_size), share=args.crop), Console())
@@ -137,6 +137,7 @@ def add(commands: Any) -> None:
         help="one row an image, or one a patch, to search regions",
     )
     p.add_argument("--half", action="store_true", help="float16 instead of float32")
+    p.add_argument("--compile", action="store_true", help=COMPILE)
     looking(p)
     p.add_argument("--image-size", metavar="H,W", help="pixels, other than the encoder's own")
 

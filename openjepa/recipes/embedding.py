@@ -41,6 +41,7 @@ from openjepa.engine.whole import flush, make_folder, refuse_unwritable, taken, 
 from openjepa.errors import UserError, first_line, printable
 from openjepa.evaluate.features import BATCH, EncoderFeatures, View, short_hash, weights_hash
 from openjepa.models.encoder import Encoder
+from openjepa.models.layers import compile_blocks
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import saved_recipe
 
@@ -70,6 +71,7 @@ class Embedding:
     precision: Precision | None = None  # none: the run's
     device: str = "auto"
     workers: int | None = None  # none: as many as pay on the device
+    compile: bool = False  # the blocks, where the images are so many that it pays
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def embed(asked: Embedding, console: Console) -> Embedded:
         "precision"
     )  # where it is measured, another time may choose another
     encoder, about, precision = encoder_of(asked.run, asked.network, asked.image_size, precision, device)
+    if asked.compile:
+        compile_blocks(encoder.vit.blocks)
     source = open_source(asked.data, encoder.vit.config.image_size)
     squash = asked.squash or source.whole
     share = 1.0 if squash or asked.share is None else asked.share

@@ -24,6 +24,7 @@ from openjepa.evaluate.features import View
 from openjepa.evaluate.protocols import PROTOCOLS, Asked
 from openjepa.evaluate.subjects import Bench
 from openjepa.models.encoder import Encoder
+from openjepa.models.layers import compile_blocks
 from openjepa.models.vit import ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
@@ -53,6 +54,7 @@ class Question:
     seed: int = 0
     fresh: bool = False
     workers: int | None = None  # processes that load images; none: beside a GPU up to 8
+    compile: bool = False  # the blocks, where the images are so many that it pays
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     if size != encoder.vit.config.image_size:
         encoder, control = encoder.resized(size), control.resized(size)
     encoders = {"pretrained": encoder, "random weights": control}
+    if question.compile:
+        compile_blocks(encoder.vit.blocks, control.vit.blocks)
     precision = pick_precision(question.precision or about["precision"], device := pick_device(question.device))
     command = shlex.join(["openjepa", *sys.argv[1:]])
     records: list[dict[str, Any]] = []
