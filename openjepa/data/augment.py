@@ -110,16 +110,14 @@ class CropsConfig:
 
 def random_resized_crop(width: int, height: int, config: AugmentConfig, u: np.ndarray) -> Box:
     """The first of ten random boxes that fits, as torchvision draws them; otherwise the largest central one."""
-    ratios = np.exp(
-        np.log(config.crop_aspect[0]) + u[1 : 2 * TRIES : 2] * np.log(config.crop_aspect[1] / config.crop_aspect[0])
-    )
-    areas = (
-        width * height * (config.crop_scale[0] + u[0 : 2 * TRIES : 2] * (config.crop_scale[1] - config.crop_scale[0]))
-    )
-    for area, ratio in zip(areas, ratios, strict=True):
+    smallest, largest = config.crop_scale
+    lowest, aspects = math.log(config.crop_aspect[0]), math.log(config.crop_aspect[1] / config.crop_aspect[0])
+    drawn = u[: 2 * TRIES + 2].tolist()
+    for scale, aspect in zip(drawn[0 : 2 * TRIES : 2], drawn[1 : 2 * TRIES : 2], strict=True):
+        area, ratio = width * height * (smallest + scale * (largest - smallest)), math.exp(lowest + aspect * aspects)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = int(u[2 * TRIES] * (height - h + 1)), int(u[2 * TRIES + 1] * (width - w + 1))
+            top, left = int(drawn[2 * TRIES] * (height - h + 1)), int(drawn[2 * TRIES + 1] * (width - w + 1))
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < config.crop_aspect[0]:

@@ -14,7 +14,7 @@ import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ MAX_BYTES = 2**28  # of one encoded image
 MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
 MAX_SCANS = 100  # of one JPEG, each of which passes over all its pixels: 10 are usual
 MAX_SECONDS = 60.0  # that one image may take
+PIECE = 2**16  # bytes of input, after each of which Pillow's decoders come back to Python
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow knows more: EPS, for one, runs a program
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
@@ -60,14 +61,14 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
-    with time_limit():
+    with time_limit() if not isinstance(raw, bytes) or len(raw) > PIECE else nullcontext():
         plain = plain_jpeg(raw, choose, size, channels, resize) if isinstance(raw, bytes) else None
         return with_pillow(raw, choose, size, channels, resize) if plain is None else plain
 
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Raises BadImage after MAX_SECONDS, when the decoder next comes back to Python: Pillow's do after 64 KiB of input.
+    """Raises BadImage after MAX_SECONDS, when the decoder next comes back to Python: so never within an image of one PIECE.
 
     In a process's main thread, where images are decoded; elsewhere there is no limit.
     """
