@@ -192,7 +192,12 @@ class Steps(Dataset[Batch]):
 
 def stacked(views: list[list[np.ndarray]]) -> Tensor:
     """Every image's views, [H, W, channels] each, as one tensor [B, views, channels, H, W]."""
-    return torch.from_numpy(np.stack([np.stack(each) for each in views])).permute(0, 1, 4, 2, 3).contiguous()
+    height, width, channels = views[0][0].shape
+    out = np.empty((len(views), len(views[0]), channels, height, width), np.uint8)
+    for row, each in zip(out, views, strict=True):
+        for place, view in zip(row, each, strict=True):
+            place[:] = view.transpose(2, 0, 1)
+    return torch.from_numpy(out)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
