@@ -61,7 +61,8 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
-    with time_limit() if not isinstance(raw, bytes) or len(raw) > PIECE else nullcontext():
+    long = len(raw) > PIECE if isinstance(raw, bytes) else isinstance(raw, Image.Image)
+    with time_limit() if long else nullcontext():
         plain = plain_jpeg(raw, choose, size, channels, resize) if isinstance(raw, bytes) else None
         return with_pillow(raw, choose, size, channels, resize) if plain is None else plain
 
