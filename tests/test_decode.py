@@ -347,6 +347,27 @@ def test_a_decode_that_takes_too_long_is_a_bad_image_and_leaves_no_alarm(monkeyp
     assert whole(raw).shape == (8, 8, 3)
 
 
+def run_length_bmp(width: int, height: int) -> bytes:
+    """One pixel a row, and what skips the rest of it."""
+    body = b"\1\0\0\0" * height + b"\0\1"
+    start = 14 + 40 + 4 * 256
+    head = b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start)
+    return (
+        head + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 256) + bytes(1024) + body
+    )
+
+
+def test_a_compressed_bmp_may_not_skip_over_memory_or_hours(monkeypatch):
+    assert whole(run_length_bmp(64, 64)).shape == (8, 8, 3)
+    with pytest.raises(BadImage, match="compressed BMP of 67108864 pixels in a row"):
+        whole(run_length_bmp(2**26, 1))
+    monkeypatch.setattr(
+        decode_module, "MAX_SECONDS", 1e-4
+    )  # its decoder is Python: the alarm finds it in a short file, too
+    with pytest.raises(BadImage, match="to decode"):
+        whole(run_length_bmp(2**10, 2**10))
+
+
 def test_the_alarm_of_somebody_else_still_comes(monkeypatch):
     came = []
     before = signal.signal(signal.SIGALRM, lambda *_: came.append(1))

@@ -241,6 +241,45 @@ def test_answers_are_read_again_unless_asked_afresh(run, folder, capsys, monkeyp
     assert called
 
 
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_compiled_encoders_answer_the_same(run, folder, monkeypatch, tmp_path, precision, near):
+    def kept(**more: object) -> list[np.ndarray]:
+        monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path / str(more)))
+        results = ask(run, folder, {}, protocols=["knn"], precision=precision, fresh=True, **more)
+        assert {r["value"] for r in results if r["of"] == "raw pixels"} == {1.0}
+        return [np.load(file) for file in sorted((tmp_path / str(more)).rglob("values.npy"))]
+
+    plain = kept()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    compiled = kept(compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of blocks that are alike, at any batch size
+    assert len(plain) == len(compiled) > 2
+    assert all(np.allclose(*pair, atol=near) for pair in zip(plain, compiled, strict=True))
+
+
+def test_to_compile_needs_a_compiler(run, folder, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    sets = ["--train", str(folder), "--test", str(folder)]
+    for words in (
+        ["evaluate", str(run), *sets, "--compile"],
+        ["embed", str(run), "--data", str(folder), "--out", str(run.parent / "f.parquet"), "--compile"],
+        [
+            "pretrain",
+            "--recipe",
+            "ijepa_scenes",
+            "--data",
+            str(folder),
+            "--out",
+            str(run.parent / "new"),
+            "--machine.compile",
+            "true",
+        ],
+    ):
+        assert "needs a C++ compiler (g++" in refused(monkeypatch, capsys, *words)
+    assert {path.name for path in run.parent.iterdir()} <= {"run", "cache"}
+
+
 def test_another_question_is_asked_and_both_answers_stay(run, folder, tmp_path):
     ask(run, folder, {}, protocols=["knn"])
     changed = ask(run, folder, {"knn.ks": "5"}, protocols=["knn"])

@@ -116,21 +116,23 @@ class Trainee:
 
     def most_memory(self, images: Tensor, masks: Sequence[Masks]) -> dict[str, float]:
         """What its steps hold at most: on a GPU what is allocated there, on Linux its weights and states and what a step takes
-        of memory beside them. Says nothing elsewhere."""
+        of memory beside them. Says nothing where the system does not tell."""
         gc.collect()  # recomputed blocks hold themselves
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = 0
-        elif sys.platform == "linux":
+        else:
             kept = [*self.method.parameters(), *self.method.buffers()]
             kept += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-            before = resident("VmRSS") - sum(t.nbytes for t in kept)
-            Path("/proc/self/clear_refs").write_text("5")  # forget the most there was
-        else:
-            return {}
+            try:
+                before = resident("VmRSS") - sum(t.nbytes for t in kept)
+                Path("/proc/self/clear_refs").write_text("5")  # forget the most there was
+            except OSError:  # not on Linux, or kept from it
+                return {}
         for mask in masks:
             self.step(images, mask)
+        del self.seconds[-len(masks) :]  # which had no turn
         most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM")
         return {"peak_memory_gib": (most - before) / 2**30}
 
@@ -231,11 +233,11 @@ def measured(variants: Callable[[Case, torch.device], list[Variant]], steps: int
             for step in range(MASKS):
                 for trainee in trainees:
                     trainee.step(images, masks[step], apart=True)
+            taken += [trainee.seconds[warmup:] for trainee in trainees]
             found += [
                 {**row(trainee, masks, warmup, peak), **peaks, **trainee.most_memory(images, masks)}
                 for trainee in trainees
             ]
-            taken += [trainee.seconds[warmup:] for trainee in trainees]
             del trainees, trainee
             for each in found[-len(together) :]:
                 print(f"{case.name}, {each['variant']}: {each['images_per_s']:.1f} images/s", file=sys.stderr)
@@ -267,10 +269,14 @@ def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> d
 
 
 def resident(line: str) -> int:
-    """Bytes of this process's memory, as Linux counts them: VmRSS now, VmHWM at most. What was freed is given back first."""
+    """Bytes of this process's memory, as Linux counts them: VmRSS now, VmHWM at most. What was freed is given back first.
+
+    Raises OSError where there is no /proc.
+    """
+    status = Path("/proc/self/status")
+    status.read_text()  # OSError where there is none
     ctypes.CDLL(None).malloc_trim(0)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", status)[0])
+    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", status.read_text())[0])
 
 
 def profile(steps: int = 3) -> Rows:

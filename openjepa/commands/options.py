@@ -12,7 +12,7 @@ from typing import Any
 from openjepa.errors import UserError, nearest
 
 SPEC = "folder, FILE.parquet, shard-{0000..0009}.tar, hf:NAME[:SPLIT], torchvision:NAME[:SPLIT], clevr:ROOT[:SPLIT] or scenes[:N]"
-COMPILE = "torch.compile the blocks: half a minute first, then up to a tenth faster on a CPU"
+COMPILE = "torch.compile the blocks that make features: half a minute first, then up to a tenth faster on a CPU"
 
 AUTO = "ijepa_auto"
 

@@ -34,7 +34,8 @@ MAX_BYTES = 2**28  # of one encoded image
 MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
 MAX_SCANS = 100  # of one JPEG, each of which passes over all its pixels: 10 are usual
 MAX_SECONDS = 60.0  # that one image may take
-PIECE = 2**16  # bytes of input, after each of which Pillow's decoders come back to Python
+PIECE = 2**16  # bytes of input, after each of which Pillow's decoders come back to Python; that of BMP never leaves it
+MAX_RUN = 2**16  # pixels in a row of a compressed BMP, of which two bytes may skip 255 rows
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow knows more: EPS, for one, runs a program
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
@@ -61,7 +62,7 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
-    long = len(raw) > PIECE if isinstance(raw, bytes) else isinstance(raw, Image.Image)
+    long = len(raw) > PIECE or raw.startswith(b"BM") if isinstance(raw, bytes) else isinstance(raw, Image.Image)
     with time_limit() if long else nullcontext():
         plain = plain_jpeg(raw, choose, size, channels, resize) if isinstance(raw, bytes) else None
         return with_pillow(raw, choose, size, channels, resize) if plain is None else plain
@@ -95,6 +96,8 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if image.format == "BMP" and image.info.get("compression") and image.size[0] > MAX_RUN:
+            raise BadImage(f"a compressed BMP of {image.size[0]} pixels in a row: more than {MAX_RUN} are refused")
         if image.format != "JPEG":  # which can decode smaller; to ask a PNG for its EXIF decodes it
             refuse_pixels(*image.size)
         turned = image.getexif().get(ORIENTATION, 1)

@@ -301,7 +301,7 @@ def opened(folder: Path, extractor: Extractor, images: Images, about: dict[str, 
         for name in ("done", "values", "hashes"):
             (folder / f"{name}.npy").unlink(missing_ok=True)
     if not (folder / "done.npy").exists():
-        shape = extractor(images[0][None]).shape[1:]  # [layers, D]
+        shape = extractor(images[0].repeat(2, 1, 1, 1)).shape[1:]  # [layers, D]; two: torch compiles anew for one
         blocks = -(-len(images) // BLOCK)
         create(folder / "values.npy", (len(images), *shape), np.float32)
         create(folder / "hashes.npy", (len(images),), np.int64)

@@ -20,7 +20,7 @@ from openjepa.data.sources import Source, open_source
 from openjepa.data.store import limit, limited
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
-from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers
+from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers, refuse_without_compiler
 from openjepa.engine.fp8 import use_fp8
 from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
@@ -63,6 +63,8 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     if roll:
         roll.patience = recipe.machine.patience_s
     device = pick_device(recipe.machine.device)
+    if recipe.machine.compile:
+        refuse_without_compiler()
     recipe = settled(recipe, out, device)
     mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
