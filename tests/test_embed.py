@@ -50,9 +50,10 @@ def test_features_are_those_that_evaluations_use(trained, folder, tmp_path, laye
 
 
 def test_compiled_blocks_have_the_same_features(trained, folder, tmp_path, few):
-    made(trained, folder, tmp_path / "plain.parquet")
+    made(trained, folder, tmp_path / "plain.parquet", precision="fp32")
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    made(trained, folder, tmp_path / "compiled.parquet", compile=True)
+    made(trained, folder, tmp_path / "compiled.parquet", precision="fp32", compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert np.allclose(features(tmp_path / "plain.parquet"), features(tmp_path / "compiled.parquet"), atol=1e-5)
 

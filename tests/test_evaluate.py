@@ -260,23 +260,13 @@ def test_compiled_encoders_answer_the_same(run, folder, monkeypatch, tmp_path, p
 
 def test_to_compile_needs_a_compiler(run, folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
-    sets = ["--train", str(folder), "--test", str(folder)]
+    images, out = str(folder), str(run.parent / "out")
     for words in (
-        ["evaluate", str(run), *sets, "--compile"],
-        ["embed", str(run), "--data", str(folder), "--out", str(run.parent / "f.parquet"), "--compile"],
-        [
-            "pretrain",
-            "--recipe",
-            "ijepa_scenes",
-            "--data",
-            str(folder),
-            "--out",
-            str(run.parent / "new"),
-            "--machine.compile",
-            "true",
-        ],
+        f"evaluate {run} --train {images} --test {images} --compile",
+        f"embed {run} --data {images} --out {out}.parquet --compile",
+        f"pretrain --recipe ijepa_scenes --data {images} --out {out} --machine.compile true",
     ):
-        assert "needs a C++ compiler (g++" in refused(monkeypatch, capsys, *words)
+        assert "needs a C++ compiler (g++" in refused(monkeypatch, capsys, *words.split())
     assert {path.name for path in run.parent.iterdir()} <= {"run", "cache"}
 
 

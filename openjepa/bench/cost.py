@@ -121,10 +121,10 @@ def batches(steps: int = 3 * MASKS, warmup: int = 3) -> Rows:
     for case in GIANTS:
         trainee = Trainee(Variant(precision, case, precision), device)
         for count in FEW:
-            masks = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
+            drawn = [sample(MaskingConfig(), case.model.grid, 0, s, np.arange(count)) for s in range(MASKS)]
+            masks = [mask.to(device) for mask in drawn]
             images = torch.randn(count, 3, *case.model.image_size, device=device)
             trainee.forget()
-            masks = [mask.to(device) for mask in masks]
             for s in range(warmup + steps):
                 trainee.step(images, masks[s % MASKS])
             for mask in masks:

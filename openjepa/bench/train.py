@@ -128,7 +128,7 @@ class Trainee:
             try:
                 before = resident("VmRSS") - sum(t.nbytes for t in kept)
                 Path("/proc/self/clear_refs").write_text("5")  # forget the most there was
-            except OSError:  # not on Linux, or kept from it
+            except (OSError, AttributeError):  # not on Linux, or kept from it
                 return {}
         for mask in masks:
             self.step(images, mask)
@@ -271,12 +271,11 @@ def row(trainee: Trainee, masks: Sequence[Masks], warmup: int, peak: float) -> d
 def resident(line: str) -> int:
     """Bytes of this process's memory, as Linux counts them: VmRSS now, VmHWM at most. What was freed is given back first.
 
-    Raises OSError where there is no /proc.
+    Raises AttributeError or OSError elsewhere.
     """
-    status = Path("/proc/self/status")
-    status.read_text()  # OSError where there is none
     ctypes.CDLL(None).malloc_trim(0)
-    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", status.read_text())[0])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"{line}:\s*(\d+)", status)[0])
 
 
 def profile(steps: int = 3) -> Rows:

@@ -35,12 +35,13 @@ MAX_PIXELS = 2**28  # decoded pixels of one image: 0.8 GB as RGB
 MAX_SCANS = 100  # of one JPEG, each of which passes over all its pixels: 10 are usual
 MAX_SECONDS = 60.0  # that one image may take
 PIECE = 2**16  # bytes of input, after each of which Pillow's decoders come back to Python; that of BMP never leaves it
-MAX_RUN = 2**16  # pixels in a row of a compressed BMP, of which two bytes may skip 255 rows
+MAX_RUN = 2**16  # pixels in a row of a run-length BMP, of which two bytes may skip 255 rows
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow knows more: EPS, for one, runs a program
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit looks at the header alone, and a huge JPEG decodes small
 ORIENTATION = 0x0112
 JPEG_SPACES = {1: ("GRAY", ("YCbCr", "Gray")), 3: ("RGB", ("YCbCr", "RGB", "Gray"))}  # channels: asked for, of what
-JPEG = b"\xff\xd8"  # its first bytes
+JPEG, BMP = b"\xff\xd8", b"BM"  # their first bytes
+RUN_LENGTH = (1, 2)  # a BMP's kinds of compression, of 8 and 4 bits
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 MARKER = re.compile(rb"\xff+[\x02-\xcf\xd8-\xfe]")  # of a segment, whose length follows
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -62,15 +63,15 @@ def decode(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, int], c
     the crop's box. size: (height, width) in pixels. Returns uint8 [height, width, channels].
     Raises BadImage.
     """
-    long = len(raw) > PIECE or raw.startswith(b"BM") if isinstance(raw, bytes) else isinstance(raw, Image.Image)
-    with time_limit() if long else nullcontext():
+    short = isinstance(raw, bytes) and len(raw) <= PIECE and not raw.startswith(BMP)
+    with nullcontext() if short or isinstance(raw, np.ndarray) else time_limit():
         plain = plain_jpeg(raw, choose, size, channels, resize) if isinstance(raw, bytes) else None
         return with_pillow(raw, choose, size, channels, resize) if plain is None else plain
 
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Raises BadImage after MAX_SECONDS, when the decoder next comes back to Python: so never within an image of one PIECE.
+    """Raises BadImage after MAX_SECONDS, when the decoder next comes back to Python.
 
     In a process's main thread, where images are decoded; elsewhere there is no limit.
     """
@@ -96,8 +97,8 @@ def with_pillow(raw: Raw, choose: Callable[[int, int], Box], size: tuple[int, in
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else raw
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        if image.format == "BMP" and image.info.get("compression") and image.size[0] > MAX_RUN:
-            raise BadImage(f"a compressed BMP of {image.size[0]} pixels in a row: more than {MAX_RUN} are refused")
+        if image.format == "BMP" and image.info["compression"] in RUN_LENGTH and image.size[0] > MAX_RUN:
+            raise BadImage(f"a run-length BMP of {image.size[0]} pixels in a row: more than {MAX_RUN} are refused")
         if image.format != "JPEG":  # which can decode smaller; to ask a PNG for its EXIF decodes it
             refuse_pixels(*image.size)
         turned = image.getexif().get(ORIENTATION, 1)

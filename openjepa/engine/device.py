@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -69,17 +68,6 @@ def has_fast_bf16(device: torch.device) -> bool:
             torch.mm(a, b)
             seconds[name][i] = time.perf_counter() - start
     return min(seconds["bf16"]) * 1.2 < min(seconds["fp32"])
-
-
-def refuse_without_compiler() -> None:
-    """Raises UserError where torch.compile would find no C++ compiler, which it needs for a GPU's kernels, too."""
-    from torch._inductor import config
-
-    names = [name for name in config.cpp.cxx if name]
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"to compile needs a C++ compiler ({' or '.join(names)}; CXX names another): install it, or do without"
-        )
 
 
 def pick_workers(workers: int | None, device: torch.device) -> int:

@@ -6,6 +6,7 @@ B sequences, N tokens each, D channels; `Ragged` holds sequences of different le
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openjepa.errors import UserError
 
 # ---------------------------------------------------------------- attention
 
@@ -242,8 +245,16 @@ class Block(nn.Module):
 def compile_blocks(*stacks: Iterable[nn.Module]) -> None:
     """torch.compile transformer blocks, in place: one graph for a kind of block, shared by all depths and token counts.
 
-    Masks change the token counts from step to step; nothing is compiled again for that.
+    Masks change the token counts from step to step; nothing is compiled again for that. Raises UserError where torch finds no
+    C++ compiler, which it needs for a GPU's kernels, too.
     """
+    from torch._inductor import config
+
+    names = [name for name in config.cpp.cxx if name]
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"to compile needs a C++ compiler ({' or '.join(names)}; CXX names another): install it, or do without"
+        )
     for block in chain(*stacks):
         block.compile(dynamic=True)
 

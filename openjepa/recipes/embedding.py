@@ -36,7 +36,6 @@ from openjepa.engine.device import (
     pick_device,
     pick_precision,
     pick_workers,
-    refuse_without_compiler,
 )
 from openjepa.engine.whole import flush, make_folder, refuse_unwritable, taken, write_whole
 from openjepa.errors import UserError, first_line, printable
@@ -105,7 +104,6 @@ def embed(asked: Embedding, console: Console) -> Embedded:
     )  # where it is measured, another time may choose another
     encoder, about, precision = encoder_of(asked.run, asked.network, asked.image_size, precision, device)
     if asked.compile:
-        refuse_without_compiler()
         compile_blocks(encoder.vit.blocks)
     source = open_source(asked.data, encoder.vit.config.image_size)
     squash = asked.squash or source.whole

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from openjepa.data.sources import first_use, open_source
 from openjepa.engine import checkpoint, parallel
-from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision, refuse_without_compiler
+from openjepa.engine.device import Precision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.whole import refuse_unwritable
 from openjepa.errors import UserError, nearest
 from openjepa.evaluate import answers, suite
@@ -87,7 +87,6 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
         encoder, control = encoder.resized(size), control.resized(size)
     encoders = {"pretrained": encoder, "random weights": control}
     if question.compile:
-        refuse_without_compiler()
         compile_blocks(encoder.vit.blocks, control.vit.blocks)
     precision = pick_precision(question.precision or about["precision"], device := pick_device(question.device))
     command = shlex.join(["openjepa", *sys.argv[1:]])

@@ -20,7 +20,7 @@ from openjepa.data.sources import Source, open_source
 from openjepa.data.store import limit, limited
 from openjepa.data.stream import Batch, Steps, batches, share, steps_per_epoch
 from openjepa.engine import checkpoint, parallel
-from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers, refuse_without_compiler
+from openjepa.engine.device import pick_autocast, pick_device, pick_precision, pick_workers
 from openjepa.engine.fp8 import use_fp8
 from openjepa.engine.launch import Roll, joined
 from openjepa.engine.monitors import Watch
@@ -63,14 +63,17 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     if roll:
         roll.patience = recipe.machine.patience_s
     device = pick_device(recipe.machine.device)
-    if recipe.machine.compile:
-        refuse_without_compiler()
     recipe = settled(recipe, out, device)
     mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
     method = build(recipe)
     said = "" if checkpoint.checkpoints(out) else begun(method, recipe, out)
     method.to(device)
+    if recipe.precision == "fp8":
+        console.print(use_fp8(method, device), highlight=False)
+    method.recompute_blocks(recipe.machine.recompute)
+    if recipe.machine.compile:
+        method.compile_blocks()
     if parallel.rank() == 0:
         prepare(out, recipe, data, source)
     parallel.barrier()
@@ -80,11 +83,6 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
             f"{out} is not the same folder for all processes (rank {strangers[0]} sees another): use a disk that they share"
         )
     method.share(parallel.rank(), parallel.world_size())
-    if recipe.precision == "fp8":
-        console.print(use_fp8(method, device), highlight=False)
-    method.recompute_blocks(recipe.machine.recompute)
-    if recipe.machine.compile:
-        method.compile_blocks()
     model = parallel.spread(method, recipe.machine.strategy, device, recipe.precision != "fp32")
     optimizer = build_optimizer(method, recipe.optim)
     run = Run(out, recipe.machine.keep, console, round(recipe.machine.keep_every * schedule.steps_per_epoch))
