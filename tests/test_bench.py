@@ -297,6 +297,18 @@ def test_measurements_are_kept_in_one_file_for_a_machine(monkeypatch, capsys, tm
     assert "cannot write to" in refused(monkeypatch, capsys, "bench", "masks", "--out", str(file / "below"))
 
 
+def test_a_folder_that_goes_while_it_is_measured_is_one_line(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "gone" / "here.json"
+    monkeypatch.setitem(
+        measure.BENCHES, "masks", lambda: file.parent.rmdir() or [{"what": "masks", "images_per_s": 1.0}]
+    )
+    status, said, error = command(monkeypatch, capsys, "bench", "masks", "--out", str(file))
+    assert status == 2
+    assert "images_per_s" in said.replace("\n", "")  # told before
+    assert "could not be written" in error
+    assert "Traceback" not in error
+
+
 def test_measurements_come_as_a_table_and_as_json(monkeypatch, capsys):
     monkeypatch.setitem(measure.BENCHES, "masks", lambda: [{"masks": "multiblock", "images_per_s": 2.0}])
     printed = json.loads(command(monkeypatch, capsys, "bench", "masks", "--json")[1])

@@ -131,9 +131,15 @@ def kept(file: Path) -> dict[str, Any]:
 
 
 def add(file: Path, name: str, record: Mapping[str, Any], gone: str | None = None) -> None:
-    """Keep a measurement beside others, in place of an earlier one by its name, and of another that is `gone` with it."""
+    """Keep a measurement beside others, in place of an earlier one by its name, and of another that is `gone` with it.
+
+    Raises UserError where it cannot be written.
+    """
     others = {key: value for key, value in kept(file).items() if key != gone}
-    write_whole(file, json.dumps({**others, name: record}, indent=1) + "\n")
+    try:
+        write_whole(file, json.dumps({**others, name: record}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {file} could not be written: {first_line(error)}") from error
 
 
 def make(folder: Path) -> None:
