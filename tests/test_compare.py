@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from openjepa.bench import compare as bench
 from openjepa.bench.compare import contestants, seconds_of
+from openjepa.engine.device import pick_precision
 from openjepa.engine.run import Interrupted
 from openjepa.errors import UserError
 from openjepa.recipes import budget
@@ -45,7 +47,7 @@ def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
     (record,) = json.loads(file.read_text()).values()
     rows = record["rows"]
     assert record["command"].startswith("openjepa bench compare --data scenes:200 --budget 1s --looks 2")
-    for name in ("ijepa", "mae", "ibot"):
+    for name in ("ijepa", "mae", "mae, class token", "ibot", "ibot, class token"):
         looks = [row for row in rows if row["who"] == name]
         assert len(looks) == 2
         first, last = looks
@@ -103,27 +105,28 @@ def test_a_stopped_comparison_goes_on_with_the_next_contestant(quick, monkeypatc
     file = tmp_path / "here.json"
     file.write_text(json.dumps({"masks": {"rows": []}}))
     words = ["bench", "compare", "--data", "scenes:80", "--seeds", "0,1", "--out", str(file), *SMALL]
-    name = "compare, scenes:80, 0,1"
+    name = "compare, scenes:80, 0,1, model.depth=2, model.width=48, data.batch_size=16"
     status, _, said = command(monkeypatch, capsys, *words)
     assert status == 75
-    assert said.endswith(f"stopped: 6 rows are kept in {file}: the same command goes on\n")
+    assert said.endswith(f"stopped: 8 rows are kept in {file}: the same command goes on\n")
     kept = json.loads(file.read_text())
     assert list(kept) == ["masks", f"{name} (unfinished)"]
-    assert [row["who"] for row in kept[f"{name} (unfinished)"]["rows"][::2]] == ["ijepa", "mae", "ibot"]
+    shown = [row["who"] for row in kept[f"{name} (unfinished)"]["rows"] if row["step"]]
+    assert shown == ["ijepa", "mae", "ibot"]
     status, _, said = command(monkeypatch, capsys, *words)
     assert status == 0
-    assert f"{file}: going on after 6 rows" in said
+    assert f"{file}: going on after 8 rows" in said
     assert quick[4:] == [("ijepa", 1), ("mae", 1), ("ibot", 1)]
     done = json.loads(file.read_text())
     assert list(done) == ["masks", name]
-    assert done[name]["rows"][:6] == kept[f"{name} (unfinished)"]["rows"]
-    assert len(done[name]["rows"]) == 13
+    assert done[name]["rows"][:8] == kept[f"{name} (unfinished)"]["rows"]
+    assert len(done[name]["rows"]) == 17
 
 
 def test_what_another_command_kept_is_measured_anew(quick, monkeypatch, capsys, tmp_path):
     words = ["bench", "compare", "--data", "scenes:80", "--seeds", "0,1", "--out", str(tmp_path / "here.json")]
     assert command(monkeypatch, capsys, *words, *SMALL)[0] == 75
-    status, _, said = command(monkeypatch, capsys, *words, *SMALL, "--model.heads", "2")
+    status, _, said = command(monkeypatch, capsys, *words, *SMALL, "--looks", "2")
     assert status == 0
     assert "another command's or environment's: all is measured anew" in said
     assert len(quick) == 4 + 6
@@ -138,6 +141,34 @@ def test_a_comparison_that_keeps_nothing_says_so(quick, monkeypatch, capsys):
     )
 
 
+def test_one_that_stops_learning_is_left_out_and_the_others_go_on(quick, monkeypatch, capsys):
+    shown = bench.looked_at
+
+    def looked_at(name, *more):
+        if name == "mae":
+            raise UserError("10 steps in a row were not finite; begin again")
+        return shown(name, *more)
+
+    monkeypatch.setattr(bench, "looked_at", looked_at)
+    words = ["bench", "compare", "--data", "scenes:80", "--json", *SMALL]
+    status, said, noted = command(monkeypatch, capsys, *words)
+    assert status == 0
+    assert "mae, seed 0, is left out: 10 steps in a row were not finite\n" in noted
+    assert [row["who"] for row in json.loads(said)["rows"] if row["step"]] == ["ijepa", "ibot"]
+    status, said, noted = command(monkeypatch, capsys, *words, "--methods", "mae")
+    assert (status, said) == (2, "")
+    assert noted.endswith("openjepa: no contestant learned to its end\n")
+
+
+def test_each_is_computed_as_its_recipe_says(quick, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "looked_at", lambda name, recipe, *_: seen.append(recipe.precision) or [])
+    bench.compare(
+        "scenes:80", None, "mae,mae:precision=fp32", "1s", values={"model.depth": "1", "data.batch_size": "16"}
+    )
+    assert seen == [pick_precision("auto", torch.device("cpu")), "fp32"]
+
+
 def test_every_contestant_has_its_line_however_many_there_are():
     rows = [
         {**bench.control(name, 0, {"knn": 0.5, "linear": 0.5}), "step": step, "seconds": float(step)}
@@ -145,7 +176,9 @@ def test_every_contestant_has_its_line_however_many_there_are():
         for step in (1, 2)
     ]
     figure = comparison_figure([*rows, bench.control("raw pixels", 0, {"knn": 0.4, "linear": 0.4})])
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*"abcdefgh", "raw pixels"]
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [*"abcdefgh", "raw pixels"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}) == 9
 
 
 def test_what_two_processes_kept_is_drawn_as_one_comparison(quick, monkeypatch, capsys, tmp_path):
@@ -159,6 +192,8 @@ def test_what_two_processes_kept_is_drawn_as_one_comparison(quick, monkeypatch, 
     assert status == 0
     assert [(row["who"], row["seed"]) for row in json.loads(said)["rows"] if row["step"]] == [("mae", 0), ("mae", 1)]
     assert picture.stat().st_size > 10_000
+    told = refused(monkeypatch, capsys, "bench", "compare", "--kept", f"{both},{files[1]}")
+    assert "both hold mae, seed 1" in told
     two = {name: json.loads(file.read_text()) for name, file in zip("ab", files, strict=True)}
     files[0].write_text(json.dumps({f"compare {name}": next(iter(kept.values())) for name, kept in two.items()}))
     assert "holds 2 comparisons" in refused(monkeypatch, capsys, "bench", "compare", "--kept", str(files[0]))
@@ -180,6 +215,9 @@ def test_seeds_of_other_numbers_of_looks_have_a_mean():
 def test_values_of_an_ablation_may_be_ranges():
     words = "ijepa:masking.target_scale=[0.1,0.2]:masking.targets=2,mae"
     assert bench.split(words, ",") == [words[:-4], "mae"]
+    braces = "ijepa:first={method: mae, seed: 1}:masking.targets=2"
+    assert bench.split(f"{braces},mae", ",") == [braces, "mae"]
+    assert bench.split(braces, ":") == ["ijepa", "first={method: mae, seed: 1}", "masking.targets=2"]
     (ijepa,) = contestants(bench.split(words, ",")[:1], {})
     assert (ijepa.recipe.masking.target_scale, ijepa.recipe.masking.targets) == ((0.1, 0.2), 2)
 
@@ -197,8 +235,9 @@ def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
         made = bench.stretched(ibot.recipe, steps, 100, 20)
         assert made.schedule.epochs == 4 * factor
         assert made.schedule.warmup_epochs == pytest.approx(0.5 * factor)
-        assert made.ibot.freeze_last_layer_epochs == pytest.approx(0.5 * factor)
-        at = [made.ibot.temperatures(share * made.schedule.epochs)[0] for share in (0, 0.125, 0.25, 1)]
+        of_run = made.ibot.of_run(made.schedule.epochs)
+        assert of_run.freeze_last_layer_epochs == pytest.approx(min(1, 0.5 * factor))
+        at = [of_run.temperatures(share * made.schedule.epochs)[0] for share in (0, 0.125, 0.25, 1)]
         assert at == pytest.approx([0.04, 0.055, 0.07, 0.07])  # risen after a quarter of the run, however long it is
 
 
@@ -208,6 +247,8 @@ def test_whatever_is_said_in_epochs_is_stretched():
     for key in (key for key in all_keys() if key.endswith("epochs")):
         part, _, name = key.partition(".")
         before, after = (getattr(getattr(r, part), name) for r in (recipe, long))
+        if before is None:  # a share of the run
+            continue
         assert after == pytest.approx(2 * before), key
     assert long.predictor.alone_epochs > 0
 
@@ -219,7 +260,12 @@ def test_whatever_is_said_in_epochs_is_stretched():
         (["--methods", "mae,mae"], "name each once"),
         (["--methods", "ijepa:loss.target"], "'loss.target' is no key=value"),
         (["--methods", "ijepa:loss.target=pixel"], "did you mean 'pixels'"),
-        (["--methods", "ijepa,mae:model.depth=2"], "other encoders"),
+        (["--methods", "ijepa,mae:model.depth=2"], "other encoders (model.depth: 6 -> 2)"),
+        (["--methods", "ijepa,mae:model.registers=4"], "other encoders (model.registers: 0 -> 4)"),
+        (["--methods", "mae:seed=7"], "seed is the comparison's own; give --seeds"),
+        (["--monitors.log_every", "5"], "monitors.log_every is the comparison's own"),
+        (["--methods", "mae:optim.lr=1e-3:optim.lr=1e-4"], "a key is given twice"),
+        (["--kept", ""], "--kept is empty"),
         (["--budget", "soon"], "give a time such as"),
         (["--budget", "0s"], "give a time such as"),
         (["--seeds", "one"], "give whole numbers"),

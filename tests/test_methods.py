@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import openjepa
 from openjepa.bench import compare as bench
+from openjepa.data.augment import NUMBERS, AugmentConfig, augment
 from openjepa.data.sources import open_source
 from openjepa.data.stream import Steps, batches
 from openjepa.engine.checkpoint import checkpoints
@@ -23,7 +25,8 @@ from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError
 from openjepa.recipes import budget, methods
 from openjepa.recipes.methods import METHODS
-from openjepa.recipes.pretrain import build, pretrain, saved_recipe
+from openjepa.recipes.named import RECIPES
+from openjepa.recipes.pretrain import build, pretrain, saved_recipe, share_of
 from openjepa.recipes.recipe import Recipe, from_dict, from_yaml, override, to_dict, to_yaml
 from openjepa.recipes.replay import dump, replay
 from openjepa.recipes.report import report
@@ -122,11 +125,44 @@ def test_another_method_begins_at_its_own_values():
     assert recipe.mae.decoder_depth == 2
     assert recipe.augment == recipe_of("ijepa").augment
     ibot = override(recipe_of("ijepa"), {"method": "ibot"})
-    assert (ibot.crops.small_size, ibot.ibot.temperature_epochs) == (
-        (12, 12),
-        0.5,
-    )  # of 32 pixels in patches of 4, 2 epochs
+    assert methods.crop_sizes(ibot) == ((32, 32), (16, 16))
     assert ibot.augment.jitter == (0.4, 0.4, 0.2, 0.1)  # views that differ by their place alone would agree at once
+
+
+@pytest.mark.parametrize(
+    ("values", "small", "rise", "frozen"),
+    [
+        ({}, 96, 29, 1),  # 300 epochs of 224 pixels: as published
+        ({"schedule": {"epochs": 40, "warmup_epochs": 5}}, 96, 10, 1),
+        ({"schedule": {"epochs": 4, "warmup_epochs": 1}, "model": {"image_size": 32, "patch_size": 4}}, 16, 1, 0.5),
+        ({"model": {"image_size": 96, "patch_size": 12}}, 48, 29, 1),
+    ],
+)
+def test_what_ibot_is_not_told_follows_from_the_images_and_the_length_of_the_run(values, small, rise, frozen):
+    recipe = from_dict(Recipe, {"method": "ibot", **values})
+    assert methods.crop_sizes(recipe)[1] == (small, small)
+    of_run = recipe.ibot.of_run(recipe.schedule.epochs)
+    assert (of_run.temperature_epochs, of_run.freeze_last_layer_epochs) == (rise, frozen)
+    on_the_command_line = override(RECIPES["ijepa_cifar10_alone_cpu"](), {"method": "ibot", "schedule.epochs": "1"})
+    assert build(on_the_command_line).config.freeze_last_layer_epochs == 0.125
+
+
+def test_more_crops_than_a_process_can_hold_are_refused(folder, tmp_path):
+    recipe = override(recipe_of("ibot"), {"crops.small": "60", "data.batch_size": "200000"})
+    with pytest.raises(UserError, match=r"3\.5 billion pixels, more than 2: lower crops\.small"):
+        pretrain(recipe, str(folder), tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    share_of(recipe, 0, 2)  # two processes can
+    share_of(override(recipe, {"optim.accumulate": "2"}), 0, 1)
+
+
+def test_images_of_four_channels_are_distorted_but_for_their_alpha():
+    image = np.dstack([np.random.default_rng(0).integers(0, 256, (32, 32, 3)), np.arange(1024).reshape(32, 32) % 251])
+    config = AugmentConfig(crop_scale=(1, 1), crop_aspect=(1, 1), jitter=(0.4, 0.4, 0.2, 0.1), grey=1.0, solarise=1.0)
+    numbers = np.full(NUMBERS, 0.3)
+    found = augment(image.astype(np.uint8), config, (32, 32), 4, numbers)
+    assert np.array_equal(found[..., 3], image[..., 3])
+    assert np.array_equal(found[..., :3], augment(image[..., :3].astype(np.uint8), config, (32, 32), 3, numbers))
 
 
 @pytest.mark.parametrize(
@@ -147,9 +183,10 @@ def test_another_method_begins_at_its_own_values():
         ("ibot", {"crops.small_size": "32,32"}, "crops.small_size 32x32 is no smaller than the large crops, 32x32"),
         (
             "ibot",
-            {"crops.small": "60", "data.batch_size": "200000"},
-            "3.5 billion pixels, more than 2: lower crops.small",
+            {"ibot.temperature_epochs": "3"},
+            "ibot.temperature_epochs (3) must be no longer than the run (2 epochs)",
         ),
+        ("ibot", {"model.image_size": "8,128"}, "no rectangle fits in 32% of the crops: raise it"),
         (
             "ibot",
             {"model.image_size": "4,128", "crops.small": "0"},

@@ -27,20 +27,25 @@ from openjepa.data.order import epoch_order
 from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import steps_per_epoch
 from openjepa.engine.checkpoint import checkpoints
-from openjepa.engine.device import pick_autocast, pick_device, pick_precision
+from openjepa.engine.device import TrainingPrecision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.run import read_metrics
 from openjepa.errors import UserError, first_line, nearest
 from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, Images, PixelFeatures, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.evaluate.linear import LinearConfig, Probe
 from openjepa.evaluate.subjects import Task, class_tasks
+from openjepa.models.encoder import Encoder
+from openjepa.models.vit import Tokens
 from openjepa.recipes.budget import pace, seconds_of, stretched
 from openjepa.recipes.exchange import load
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.named import RECIPES
 from openjepa.recipes.pretrain import pretrain, random_encoder
-from openjepa.recipes.recipe import Recipe, override
+from openjepa.recipes.recipe import Recipe, differing_encoders, override
 
+SCORES = ("knn", "linear")  # of a look
+# what no contestant can set: the comparison does
+OWN = ("seed", "monitors.log_every", "monitors.knn_every", "machine.checkpoint_every", "machine.keep")
 ENTERED = {"ijepa": "ijepa_cifar10_alone_cpu", "mae": "mae_cifar10_cpu", "ibot": "ibot_cifar10_cpu"}  # by their method
 LOOKS = "5"  # at each run, unless told
 MOODY = 0.1  # of the budget, by which what a contestant took may differ unsaid
@@ -61,6 +66,8 @@ class Contestant:
 
 def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contestant]:
     """mae, or ijepa_scenes, or ijepa:loss.target=pixels:masking.targets=2. values: changes to all. Raises UserError."""
+    if len(set(words)) < len(words):
+        raise UserError("--methods: name each once")
     found = []
     for word in words:
         name, *changes = split(word, ":")
@@ -70,18 +77,29 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
         if wrong := [c for c in changes if "=" not in c]:
             raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
         own = dict(change.split("=", 1) for change in changes)
+        if len(own) < len(changes):
+            raise UserError(f"--methods {word}: a key is given twice")
+        if taken := [key for key in (*values, *own) if key in OWN]:
+            raise UserError(f"{taken[0]} is the comparison's own" + ("; give --seeds" if taken[0] == "seed" else ""))
         recipe = override(RECIPES[known](), {**values, **own})
         if recipe.init_from:
             raise UserError(f"--methods {word}: it begins with {recipe.init_from}, whose time would not count")
         found.append(Contestant(word, recipe))
-    if len(set(words)) < len(words) or not words:
-        raise UserError("--methods: name each once")
+    first = found[0].recipe.model
+    for other in found[1:]:
+        model = replace(
+            other.recipe.model, class_token=first.class_token
+        )  # which MAE and iBOT have, and is not looked at
+        if differing := differing_encoders(first, model):
+            raise UserError(
+                f"--methods: {found[0].name} and {other.name} train other encoders ({'; '.join(differing)})"
+            )
     return found
 
 
 def split(words: str, at: str) -> list[str]:
-    """At each `at` that is not within brackets: a range is one value."""
-    return re.split(rf"{at}(?![^\[]*\])", words)
+    """At each `at` that is not within brackets: a range is one value, and so are keys with theirs."""
+    return re.split(rf"{at}(?![^\[]*\])(?![^{{]*\}})", words)
 
 
 class Jury:
@@ -99,9 +117,17 @@ class Jury:
         self.tasks = class_tasks(train, self.test)
         self.view, self.patch = view, patch
 
-    def encoder(self, encoder: torch.nn.Module, precision: str) -> dict[str, float]:
-        autocast = pick_autocast(precision, self.device)  # type: ignore[arg-type]
-        return self.scores(EncoderFeatures(encoder.to(self.device), self.view, autocast, precision))  # type: ignore[arg-type]
+    def encoder(self, name: str, encoder: Encoder, precision: TrainingPrecision) -> dict[str, dict[str, float]]:
+        """Scores of its patches, and of its class token, where it has one, beside them."""
+        half, encoder = pick_precision(precision, self.device), encoder.to(self.device)
+        autocast = pick_autocast(half, self.device)
+        looks: dict[str, Tokens] = {name: "patches"}
+        if encoder.vit.config.class_token:
+            looks[f"{name}, class token"] = "class"
+        return {
+            who: self.scores(EncoderFeatures(encoder, self.view, autocast, half, tokens=tokens))
+            for who, tokens in looks.items()
+        }
 
     def pixels(self) -> dict[str, float]:
         return self.scores(PixelFeatures(self.view, self.patch, self.device))
@@ -130,26 +156,18 @@ class Jury:
 
 def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "ijepa,mae,ibot", budget: str = "30min",
             seeds: str = "0", looks: str = LOOKS, values: Mapping[str, str] | None = None, begun: Rows | None = None,
-            keep: Callable[[Rows], None] = lambda rows: None, kept: str | None = None) -> Rows:  # fmt: skip
+            keep: Callable[[Rows], None] = lambda rows: None) -> Rows:  # fmt: skip
     """Rows: a look at a contestant, with its seconds and steps of training; then the controls. Raises UserError.
 
     begun: rows that were kept before, whose contestants are not asked again. keep: gets all rows so far, after each contestant.
-    kept: files that comparisons were kept in; what they hold is returned, and nothing is measured.
+    A contestant that stops learning is left out, and said to be.
     """
-    if kept:
-        return [row for file in kept.split(",") for row in rows_of(Path(file))]
     entered, limit = contestants(split(methods, ","), values or {}), seconds_of(budget)
     if not re.fullmatch(r"\d+(,\d+)*", seeds) or len(set(seeds.split(","))) <= seeds.count(","):
         raise UserError(f"--seeds {seeds}: give whole numbers, each once, such as 0,1")
     if not looks.isdecimal() or not int(looks):
         raise UserError(f"--looks {looks}: give a whole number, 1 or more")
     first = entered[0].recipe
-    alike = {
-        (c.recipe.model.image_size, c.recipe.model.patch_size, c.recipe.model.dim, c.recipe.model.n_blocks)
-        for c in entered
-    }
-    if len(alike) > 1:
-        raise UserError("the methods' recipes have other encoders or images: a comparison needs the same")
     device, size = pick_device(first.machine.device), first.model.image_size
     source = open_source(spec, size)
     refuse_late_mistakes(entered, len(source))
@@ -169,24 +187,50 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
         for contestant in entered:
             if (contestant.name, seed) in seen:
                 continue
-            recipe = replace(contestant.recipe, seed=seed, precision=precision)
-            seen_at = looked_at(contestant.name, recipe, spec, source, limit, jury, int(looks))
-            chance = jury.encoder(random_encoder(recipe), precision)
-            rows += [*seen_at, control(f"{contestant.name}, random weights", seed, chance)]
+            own = contestant.recipe.precision
+            recipe = replace(contestant.recipe, seed=seed, precision=precision if own == "auto" else own)
+            try:
+                seen_at = looked_at(contestant.name, recipe, spec, source, limit, jury, int(looks))
+            except UserError as error:
+                print(f"{contestant.name}, seed {seed}, is left out: {str(error).partition(';')[0]}", file=sys.stderr)
+                continue
+            chance = jury.encoder(contestant.name, random_encoder(recipe), recipe.precision)
+            rows += [*seen_at, *(control(f"{who}, random weights", seed, scores) for who, scores in chance.items())]
             keep(rows)
+    if not rows:
+        raise UserError("no contestant learned to its end")
     return [*rows, control("raw pixels", 0, jury.pixels())]
+
+
+def kept_rows(files: Sequence[Path]) -> Rows:
+    """Of comparisons that several files hold, as one. Raises UserError for two of the same contestant and seed."""
+    whose: dict[tuple[str, int], Path] = {}
+    rows: Rows = []
+    for file in files:
+        found = rows_of(file)
+        for who in {(row["who"], row["seed"]) for row in found if row["step"]}:
+            if who in whose:
+                raise UserError(f"--kept: {whose[who]} and {file} both hold {who[0]}, seed {who[1]}")
+            whose[who] = file
+        rows += found
+    return rows
 
 
 def rows_of(file: Path) -> Rows:
     """Of the one comparison in a file, finished or not. Raises UserError."""
     try:
         found = [record["rows"] for name, record in json.loads(file.read_text()).items() if name.startswith("compare")]
+        _ = [
+            row[key] for rows in found for row in rows for key in ("who", "seed", "step", "images", "seconds", *SCORES)
+        ]
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"--kept {file} holds no measurements: {first_line(error)}") from error
     if len(found) != 1:
         raise UserError(
             f"--kept {file} holds {len(found)} comparisons: give files of one each (bench compare --out FILE)"
         )
+    if not found[0]:
+        raise UserError(f"--kept {file} holds no row yet")
     rows: Rows = found[0]
     return rows
 
@@ -218,12 +262,18 @@ def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float
     with tempfile.TemporaryDirectory() as folder:
         for k, ((run, per_epoch), speed, seconds) in enumerate(zip(planned, speeds, own, strict=True)):
             share = seconds / sum(own)  # of the time, as the recipe has it
-            shown = max(1, round(looks * share)) if k < len(planned) - 1 else max(1, looks - len(rows))
+            shown = (
+                max(1, round(looks * share))
+                if k < len(planned) - 1
+                else max(1, looks - len({row["step"] for row in rows}))
+            )
             every = max(1, round(limit * share * speed / run.data.batch_size / shown))
             steps = every * shown
             print(f"{name}, seed {run.seed}: {run.method}, {speed:.0f} images/s, {steps} steps", file=sys.stderr)
             begun = replace(run, init_from=str(Path(folder) / f"{k - 1}")) if k else run
-            rows += looks_at(stretched(begun, steps, per_epoch, every), spec, Path(folder) / f"{k}", jury, rows[-1:])
+            rows += looks_at(
+                name, stretched(begun, steps, per_epoch, every), spec, Path(folder) / f"{k}", jury, rows[-1:]
+            )
     took = rows[-1]["seconds"]
     if abs(took / limit - 1) > MOODY:
         then = "more" if took < limit else "less"
@@ -231,22 +281,26 @@ def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float
             f"note: {took:.0f} s, not {limit:.0f}: the machine was {then} busy when the pace was measured",
             file=sys.stderr,
         )
-    return [{"who": name, "seed": recipe.seed, **row} for row in rows]
+    return rows
 
 
-def looks_at(recipe: Recipe, spec: str, run: Path, jury: Jury, last: Rows) -> Rows:
+def looks_at(name: str, recipe: Recipe, spec: str, run: Path, jury: Jury, last: Rows) -> Rows:
     """Train one run, and score its checkpoints. last: the row that it goes on from, if there is one."""
     pretrain(recipe, spec, run, Console(quiet=True))
     elapsed = {record["step"]: record["elapsed_s"] for record in read_metrics(run) if "elapsed_s" in record}
     done, images, seconds = (last[0][name] for name in ("step", "images", "seconds")) if last else (0, 0, 0.0)
     rows: Rows = []
     for found in checkpoints(run):
-        scores = jury.encoder(load(found.path), recipe.precision)
+        if found.step not in elapsed:  # its last step was skipped
+            continue
         row = {
+            "seed": recipe.seed,
             "step": done + found.step,
             "images": images + found.step * recipe.data.batch_size,
             "seconds": seconds + elapsed[found.step],
         }
-        rows.append({**row, "images_per_s": row["images"] / row["seconds"], **scores})
-        print(f"  {row['seconds']:.0f} s: {scores}", file=sys.stderr)
+        row["images_per_s"] = row["images"] / row["seconds"]
+        for who, scores in jury.encoder(name, load(found.path), recipe.precision).items():
+            rows.append({"who": who, **row, **scores})
+            print(f"  {row['seconds']:.0f} s: {who}: {scores}", file=sys.stderr)
     return rows

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from openjepa.bench import parts
 from openjepa.bench.clock import Rows
-from openjepa.bench.compare import compare
+from openjepa.bench.compare import compare, kept_rows
 from openjepa.bench.cost import batches, iteration, scaling, start
 from openjepa.bench.data import data
 from openjepa.bench.evaluate import evaluate
@@ -60,9 +60,10 @@ NAMED = ("methods", "budget", "seeds")  # of what was asked, that tells one meas
 
 
 def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
-            as_json: bool = False, **asked: Any) -> None:  # fmt: skip
+            as_json: bool = False, kept: str | None = None, **asked: Any) -> None:  # fmt: skip
     """Measure and say what was found. peer, spec, plot, asked: of some measurements alone; out: a file of many measurements.
 
+    kept: files of comparisons, which are shown as one, while nothing is measured.
     Raises UserError, before anything is measured, for what could not be kept; Interrupted, saying what of it was.
     """
     if what not in BENCHES:
@@ -71,6 +72,7 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
         ("--against", peer, ("train",)),
         ("--data", spec, ("data", "compare", "fleet")),
         ("--plot", plot, (*FIGURES,)),
+        ("--kept", kept, ("compare",)),
     ]
     for flag, given, whose in [*flags, *((f"--{name}", value, ("compare",)) for name, value in asked.items())]:
         if given and what not in whose:
@@ -80,10 +82,11 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
             raise UserError(f"--plot {plot}: a name that ends in {', '.join(PICTURES)}, in a folder that is there")
         refuse_unwritable(plot.parent)
     if out:
-        kept(out)
+        measurements(out)
         make(out.parent)
     given = {name: value for name, value in asked.items() if value}
-    name = ", ".join([what, *filter(None, (peer, spec)), *(f"{v}" for k, v in given.items() if k in NAMED)])
+    values = [f"{key}={value}" for key, value in asked.get("values", {}).items()]
+    name = ", ".join([what, *filter(None, (peer, spec)), *(f"{v}" for k, v in given.items() if k in NAMED), *values])
     command = shlex.join(["openjepa", *sys.argv[1:]])
     record: dict[str, Any] = {
         "command": command,
@@ -100,7 +103,10 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
 
         given |= {"begun": record["rows"], "keep": keep}
     try:
-        rows = against(peer) if peer else BENCHES[what](spec, **given) if spec else BENCHES[what](**given)
+        if kept:
+            rows = kept_rows([*map(Path, kept.split(","))])
+        else:
+            rows = against(peer) if peer else BENCHES[what](spec, **given) if spec else BENCHES[what](**given)
     except Interrupted as stop:
         left = f"{len(record['rows'])} rows are kept in {out}: the same command goes on"
         raise Interrupted(left if record["rows"] else "nothing of this measurement is kept", stop.status) from stop
@@ -118,7 +124,7 @@ def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot
         getattr(figures, FIGURES[what])(rows).savefig(plot, dpi=150)
 
 
-def kept(file: Path) -> dict[str, Any]:
+def measurements(file: Path) -> dict[str, Any]:
     """The measurements that a file holds. Raises UserError for another kind of file, or where none can be written."""
     refuse_unwritable(file.parent)
     try:
@@ -135,7 +141,7 @@ def add(file: Path, name: str, record: Mapping[str, Any], gone: str | None = Non
 
     Raises UserError where it cannot be written.
     """
-    others = {key: value for key, value in kept(file).items() if key != gone}
+    others = {key: value for key, value in measurements(file).items() if key != gone}
     try:
         write_whole(file, json.dumps({**others, name: record}, indent=1) + "\n")
     except OSError as error:
@@ -157,7 +163,7 @@ def unfinished(name: str) -> str:
 
 def begun(file: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
     """A record with the rows that the same command has kept, if it was stopped in the same environment."""
-    before = kept(file).get(unfinished(name))
+    before = measurements(file).get(unfinished(name))
     if before is None:
         return record
     if any(before.get(key) != record[key] for key in ("command", "environment")):

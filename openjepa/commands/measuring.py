@@ -15,7 +15,7 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.bench.measure import measure
     from openjepa.engine.run import Interrupted
 
-    for flag in ("plot", "out"):
+    for flag in ("plot", "out", "kept"):
         if getattr(args, flag) == "":
             raise UserError(f"--{flag} is empty: give a file's name")
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))

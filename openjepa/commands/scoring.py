@@ -14,8 +14,8 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 
     from openjepa.recipes.evaluation import Question, evaluate
 
-    names = ("source", "train", "test", "suite", "network", "precision", "device", "seed", "squash", "fresh", "workers",
-             "compile")  # fmt: skip
+    names = ("source", "train", "test", "suite", "network", "tokens", "precision", "device", "seed", "squash", "fresh",
+             "workers", "compile")  # fmt: skip
     question = Question(
         **{name: getattr(args, name) for name in names},
         image_size=height_and_width(args.image_size),
@@ -83,6 +83,12 @@ def add(commands: Any) -> None:
     p.add_argument("--out", metavar="DIR", help="of evaluation.json: the run, unless told")
     p.add_argument("--fresh", action="store_true", help="ask again what was answered before")
     p.add_argument("--compile", action="store_true", help=COMPILE)
+    p.add_argument(
+        "--tokens",
+        choices=("patches", "class"),
+        default="patches",
+        help="what features of whole images are of: pooled patches, or the class token that MAE and iBOT have",
+    )
 
     p = commands.add_parser(
         "finetune",

@@ -55,27 +55,31 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
     u = numbers[2 * TRIES + 2 :]
     if u[0] < config.flip:
         pixels = pixels[:, ::-1]
-    jitter, grey = any(config.jitter) and u[1] < 0.8, channels == 3 and u[8] < config.grey
+    jitter, grey = any(config.jitter) and u[1] < 0.8, channels >= 3 and u[8] < config.grey
+    colours = min(channels, 3)  # of four channels the last is none
     if jitter or grey or u[2] < config.blur:
         import torch  # seconds of import that I-JEPA itself never needs
         from torchvision.transforms.v2 import functional as T
 
-        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        image, alpha = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).split([colours, channels - colours])
         if jitter:
             factors = 1 + np.array(config.jitter[:3]) * (2 * u[3:6] - 1)
             image = T.adjust_brightness(image, max(0.0, factors[0]))
             image = T.adjust_contrast(image, max(0.0, factors[1]))
-            if channels == 3:
+            if colours == 3:
                 image = T.adjust_saturation(image, max(0.0, factors[2]))
                 image = T.adjust_hue(image, config.jitter[3] * (2 * u[6] - 1))
         if grey:
             image = T.rgb_to_grayscale(image, 3)
+        image = torch.cat([image, alpha])
         if u[2] < config.blur:
             sigma = 0.1 + 1.9 * u[7]
             reach = min(math.ceil(3 * sigma), min(size) - 1)  # beyond it nothing counts, or nothing can be mirrored
             image = T.gaussian_blur(image, [2 * reach + 1] * 2, [sigma])
         pixels = image.permute(1, 2, 0).numpy()
-    return np.where(pixels < 128, pixels, 255 - pixels) if u[9] < config.solarise else pixels
+    if u[9] < config.solarise:
+        pixels = np.where((pixels < 128) | (np.arange(channels) >= colours), pixels, 255 - pixels)
+    return pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +89,16 @@ class CropsConfig:
     second_blur: float = 0.1  # of the second large crop, as augment.blur is of the first
     second_solarise: float = 0.2
     small: int = 10  # crops an image
-    small_size: tuple[int, int] = (96, 96)  # height, width in pixels
+    small_size: tuple[int, int] | None = (
+        None  # height, width in pixels; null: 96 of 224 of the large ones, in whole patches
+    )
     small_scale: tuple[float, float] = (0.05, 0.25)  # share of the image's area
     small_blur: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.small <= 64:
             raise UserError(f"crops.small is {self.small}: give 0 to 64 small crops an image")
-        if min(self.small_size) < 1:
+        if self.small_size and min(self.small_size) < 1:
             raise UserError(f"crops.small_size is {self.small_size}: both sides must be at least 1")
         for name in ("second_blur", "second_solarise", "small_blur"):
             if not 0 <= getattr(self, name) <= 1:

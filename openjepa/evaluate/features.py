@@ -25,7 +25,7 @@ from openjepa.data.sources import Source, cache_folder
 from openjepa.data.workers import loaded
 from openjepa.errors import UserError
 from openjepa.models.encoder import Encoder
-from openjepa.models.vit import ViT
+from openjepa.models.vit import Tokens, ViT
 
 PIXELS = 64  # longer side of the raw-pixel control: a probe on more has more weights than data sets have images
 BLOCK = 4096  # images that are marked as done together
@@ -159,11 +159,15 @@ class Extractor(Protocol):
 
 
 class EncoderFeatures:
-    """Pooled patch features of an encoder's last layers, each after the final norm (appendix A)."""
+    """Pooled patch features of an encoder's last layers, or its class token's, each after the final norm (appendix A)."""
 
     def __init__(self, encoder: Encoder, view: View, autocast: Callable[[], AbstractContextManager[Any]],
-                 precision: str, layers: int = 4) -> None:  # fmt: skip
+                 precision: str, layers: int = 4, tokens: Tokens = "patches") -> None:  # fmt: skip
+        """Raises UserError for the class token of an encoder without one."""
+        if tokens == "class" and not encoder.vit.config.class_token:
+            raise UserError("this encoder has no class token: leave --tokens out")
         self.encoder, self.view, self.autocast, self.precision, self.layers = encoder, view, autocast, precision, layers
+        self.tokens = tokens
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -177,13 +181,14 @@ class EncoderFeatures:
             "decoding": PIXELS_VERSION,
             "layers": self.layers,
             "precision": self.precision,
+            **({} if self.tokens == "patches" else {"tokens": self.tokens}),
         }
 
     def __call__(self, images: Tensor) -> Tensor:
         vit = self.encoder.vit
         with torch.no_grad(), self.autocast():
             normalised = self.encoder.normalise(images.to(vit.patch_embed.proj.weight.device))
-            outputs = vit.intermediate(normalised, vit.last(self.layers))
+            outputs = vit.intermediate(normalised, vit.last(self.layers), self.tokens)
         return torch.stack([o.float().mean(1) for o in outputs], dim=1).cpu()
 
     def patches(self, images: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from openjepa.evaluate.features import (
 from openjepa.evaluate.patches import PatchFeed
 from openjepa.evaluate.views import Maps
 from openjepa.models.encoder import Encoder
+from openjepa.models.vit import Tokens
 
 LAYERS = 4
 
@@ -46,6 +47,7 @@ class Bench:
     device: torch.device
     precision: str  # bf16 or fp32
     autocast: Callable[[], AbstractContextManager[Any]]
+    tokens: Tokens = "patches"  # that whole images' features are of
     workers: int = 0
     share: tuple[int, int] = (0, 1)  # rank, world size
     seed: int = 0
@@ -72,7 +74,9 @@ class Subject:
         self.name, self.encoder, self.bench, self.console = name, encoder, bench, console
         if encoder:
             encoder.to(bench.device)
-            self.extractor: Extractor = EncoderFeatures(encoder, bench.view, bench.autocast, bench.precision, LAYERS)
+            self.extractor: Extractor = EncoderFeatures(
+                encoder, bench.view, bench.autocast, bench.precision, LAYERS, bench.tokens
+            )
         else:
             self.extractor = PixelFeatures(bench.view, bench.patch, bench.device)
 

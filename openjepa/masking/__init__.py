@@ -15,10 +15,19 @@ from openjepa.masking.blocks import (
     relative,
     visible_patches,
 )
-from openjepa.masking.door import check, expected_context
+from openjepa.masking.door import check, check_tokens, expected_context
 from openjepa.masking.masks import Grid, MaskingConfig, Masks, Range
 from openjepa.masking.replication import check_released, released, released_size
-from openjepa.masking.strategies import block, even, multiblock, packed, random, rasterized, sample, sample_share
+from openjepa.masking.strategies import (
+    block,
+    even,
+    multiblock,
+    packed,
+    random,
+    rasterized,
+    sample,
+    sample_share,
+)
 from openjepa.masking.tokens import TokenMaskingConfig, TokenMasks, hide_tokens, rectangles
 
 __all__ = [
@@ -36,6 +45,7 @@ __all__ = [
     "block_shapes",
     "check",
     "check_released",
+    "check_tokens",
     "draw_shape",
     "even",
     "expected_context",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from openjepa.errors import UserError
 from openjepa.masking.blocks import about, batch_shapes, block_shapes, place, relative, visible_patches
-from openjepa.masking.masks import Grid, MaskingConfig
+from openjepa.masking.masks import Grid, MaskingConfig, hidden_count
 from openjepa.masking.replication import check_released
+from openjepa.masking.tokens import TokenMaskingConfig, hide_tokens
 from openjepa.rng import Draws
 
 MOST_CELLS = 2**22  # patches of the grid, times blocks, of one image: what its masks take while they are made
@@ -66,12 +68,31 @@ def check(config: MaskingConfig, grid: Grid) -> None:
                     f"masking.strategy 'rasterized' splits the grid into equal quadrants: {name} has an odd side"
                 )
         case "random":
-            hidden = round(config.hidden * patches)
+            hidden = hidden_count(config.hidden, patches)
             if not 0 < hidden <= patches - config.min_keep:
                 raise UserError(
                     f"masking.hidden {config.hidden} hides {hidden} of {name}: hide some and leave {config.min_keep} "
                     "(masking.min_keep)"
                 )
+
+
+@lru_cache(maxsize=64)
+def check_tokens(config: TokenMaskingConfig, grid: Grid, crops: int = 100) -> None:
+    """Refuse hidden tokens that a grid cannot meet: shares of no patch, or smaller than any rectangle. Raises UserError."""
+    name = f"a {grid[0]}x{grid[1]} grid"
+    if config.shape == "block" and min(grid) < 2:
+        raise UserError(f"token_masking.shape block: no rectangle is smaller than {name}: use random")
+    if not int(config.hidden[0] * grid[0] * grid[1]):
+        raise UserError(
+            f"token_masking.hidden {config.hidden[0]:g} of {name} hides no patch: raise it, or set ibot.patch_weight 0"
+        )
+    slots = np.arange(crops)
+    hidden = hide_tokens(replace(config, masked=1.0), grid, 1, 0, 0, slots, slots).hidden
+    if (none := float((~hidden.any(-1)).float().mean())) > 0.05:
+        raise UserError(
+            f"token_masking.hidden {config.hidden[0]:g} to {config.hidden[1]:g} of {name}: no rectangle fits in {none:.0%} of the "
+            "crops: raise it, or use token_masking.shape random"
+        )
 
 
 def expected_context(config: MaskingConfig, grid: Grid, images: int = 1000) -> np.ndarray:

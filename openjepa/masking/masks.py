@@ -59,6 +59,11 @@ class MaskingConfig:
             )
 
 
+def hidden_count(share: float, patches: int) -> int:
+    """Patches that are hidden: those that stay are rounded down, as in MAE's release."""
+    return patches - int(patches * (1 - share) + 1e-9)
+
+
 @dataclass(frozen=True)
 class Masks:
     """Patch indices of one batch.

@@ -11,7 +11,7 @@ import torch
 
 from openjepa.masking.blocks import about, batch_shapes, block_indices, block_map, draw_shape, place, visible_patches
 from openjepa.masking.door import check
-from openjepa.masking.masks import Grid, MaskingConfig, Masks
+from openjepa.masking.masks import Grid, MaskingConfig, Masks, hidden_count
 from openjepa.masking.replication import released
 from openjepa.rng import Draws, key
 
@@ -98,7 +98,7 @@ def rasterized(grid: Grid, positions: Draws) -> tuple[np.ndarray, np.ndarray]:
 def random(config: MaskingConfig, grid: Grid, positions: Draws) -> tuple[np.ndarray, np.ndarray]:
     """Scattered target patches; all the rest is context (table 6, "random")."""
     patches = grid[0] * grid[1]
-    hidden = round(config.hidden * patches)
+    hidden = hidden_count(config.hidden, patches)
     targets = np.sort(positions.uniform(patches).argsort(-1)[:, :hidden], -1)
     visible = np.ones((len(targets), 1, patches), dtype=bool)
     np.put_along_axis(visible[:, 0], targets, False, axis=1)

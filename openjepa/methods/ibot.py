@@ -7,7 +7,7 @@ B images, G large crops of N patches, L small crops, K prototypes, D channels.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -34,10 +34,12 @@ class IBOTConfig:
     teacher_temperature: float = 0.07  # of class tokens, after the warm-up
     patch_temperature: float = 0.07  # of patches, after the warm-up
     first_temperature: float = 0.04  # of both, at its start
-    temperature_epochs: float = 29  # of linear warm-up: the release's 30 values, from its first epoch to its thirtieth
+    # of linear warm-up; null: 29, as released (30 values, from the first epoch to the thirtieth), a quarter of shorter runs
+    temperature_epochs: float | None = None
     centre_momentum: float = 0.9
     norm_last_layer: bool = True  # prototypes keep length 1
-    freeze_last_layer_epochs: float = 1  # epochs at the start in which the prototypes do not move
+    # at the start, in which the prototypes do not move; null: 1, as released, an eighth of shorter runs
+    freeze_last_layer_epochs: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.prototypes, self.hidden, self.bottleneck) < 1:
@@ -47,8 +49,17 @@ class IBOTConfig:
         for name in ("student_temperature", "teacher_temperature", "patch_temperature", "first_temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"ibot.{name} is {getattr(self, name)}: it must be above 0")
-        if not 0 <= self.centre_momentum < 1 or min(self.temperature_epochs, self.freeze_last_layer_epochs) < 0:
+        if (
+            not 0 <= self.centre_momentum < 1
+            or min(self.temperature_epochs or 0, self.freeze_last_layer_epochs or 0) < 0
+        ):
             raise UserError("ibot.centre_momentum must be in [0, 1), numbers of epochs not negative")
+
+    def of_run(self, epochs: float) -> IBOTConfig:
+        """With what depends on the length of the run filled in."""
+        warm = min(29, epochs / 4) if self.temperature_epochs is None else self.temperature_epochs
+        frozen = min(1, epochs / 8) if self.freeze_last_layer_epochs is None else self.freeze_last_layer_epochs
+        return replace(self, temperature_epochs=warm, freeze_last_layer_epochs=frozen)
 
     def temperatures(self, epoch: float) -> tuple[float, float]:
         """The teacher's for class tokens and for patches: linear from the first, then constant. epoch: with its fraction."""
@@ -94,7 +105,7 @@ class IBOT(Method):
     centres: Tensor  # [2, K], of class tokens and of patches
 
     def __init__(self, model: ViTConfig, config: IBOTConfig) -> None:
-        """model: with a class token, which every recipe's is (recipes/methods.py)."""
+        """model: with a class token, which every recipe's is (recipes/methods.py). config: of the run, `IBOTConfig.of_run`."""
         super().__init__()
         assert model.class_token
         self.config = config
@@ -164,7 +175,7 @@ class IBOT(Method):
         self.temperatures = self.config.temperatures(epoch)
 
     def before_update(self, epoch: float) -> None:
-        if epoch < self.config.freeze_last_layer_epochs:
+        if epoch < (self.config.freeze_last_layer_epochs or 0):
             self.rest(self.head.last)
 
     @torch.no_grad()

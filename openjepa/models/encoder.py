@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openjepa.models.vit import ViT
+from openjepa.models.vit import Tokens, ViT
 
 
 class Normalise(nn.Module):
@@ -67,16 +67,20 @@ class Encoder(nn.Module):
         return scores
 
     @torch.no_grad()
-    def features(self, images: Tensor, layers: int = 4, pool: Literal["mean", "none"] = "mean") -> Tensor:
+    def features(self, images: Tensor, layers: int = 4, pool: Literal["mean", "none", "class"] = "mean") -> Tensor:
         """The last `layers` blocks' outputs, each after the final norm, concatenated (appendix A, linear evaluation).
 
         images: as for a call. pool: mean gives one vector an image, [B, layers * D], the last block's last; none keeps
-        the patches, [B, N, layers * D].
+        the patches, [B, N, layers * D]; class takes the class token, [B, layers * D], as MAE's and iBOT's authors do.
+        Raises ValueError for anything else, and where there is no class token.
         """
-        if layers < 1 or pool not in ("mean", "none"):
-            raise ValueError(f"layers {layers}, pool '{pool}': at least one layer, and a pool of mean or none")
-        outputs = self.vit.intermediate(self.normalise(images), self.vit.last(layers))
-        return torch.cat([o.mean(1) if pool == "mean" else o for o in outputs], dim=-1)
+        if layers < 1 or pool not in ("mean", "none", "class"):
+            raise ValueError(f"layers {layers}, pool '{pool}': at least one layer, and a pool of mean, none or class")
+        if pool == "class" and not self.vit.config.class_token:
+            raise ValueError("pool 'class': this encoder has no class token")
+        tokens: Tokens = "class" if pool == "class" else "patches"
+        outputs = self.vit.intermediate(self.normalise(images), self.vit.last(layers), tokens)
+        return torch.cat([o if pool == "none" else o.mean(1) for o in outputs], dim=-1)
 
     @torch.no_grad()
     def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,9 @@ class ViTConfig:
         return self.heads
 
 
+Tokens = Literal["patches", "class"]  # what is asked for features
+
+
 class ViT(nn.Module):
     """images [B, C, H, W] to patch features [B, N, D]."""
 
@@ -154,12 +157,13 @@ class ViT(nn.Module):
         """The blocks that are of one kind, for torch.compile."""
         return list(self.blocks)
 
-    def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def intermediate(self, images: Tensor, layers: Sequence[int], tokens: Tokens = "patches") -> list[Tensor]:
         """The outputs of some blocks, each after the final norm (appendix A, linear evaluation).
 
-        layers: block numbers from 0, or from -1 at the end. Returns a [B, N, D] for each. Raises ValueError for a block
-        that is not there.
+        layers: block numbers from 0, or from -1 at the end. Returns a [B, N, D] for each, or [B, 1, D] of the class token.
+        Raises ValueError for a block that is not there.
         """
+        which = slice(0, 1) if tokens == "class" else slice(self.prefix, None)
         depth = len(self.blocks)
         if any(not -depth <= i < depth for i in layers):
             raise ValueError(f"layers {list(layers)}: this encoder has {depth}, 0 to {depth - 1}")
@@ -169,7 +173,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in wanted:
-                outputs[i] = self.norm(x)[:, self.prefix :]
+                outputs[i] = self.norm(x)[:, which]
         return [outputs[i] for i in wanted]
 
     def last(self, layers: int) -> range:

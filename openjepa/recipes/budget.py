@@ -61,5 +61,11 @@ def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
 
 def stretched_part(part: Any, factor: float) -> Any:
     """Of a recipe's part, all values whose names end in `epochs`, times a factor."""
-    names = [name for name in getattr(part, "__dataclass_fields__", ()) if name.endswith("epochs")]
-    return replace(part, **{name: getattr(part, name) * factor for name in names}) if names else part
+    values = {
+        name: getattr(part, name) for name in getattr(part, "__dataclass_fields__", ()) if name.endswith("epochs")
+    }
+    return (
+        replace(part, **{name: factor * value for name, value in values.items() if value is not None})
+        if values
+        else part
+    )

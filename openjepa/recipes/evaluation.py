@@ -25,7 +25,7 @@ from openjepa.evaluate.protocols import PROTOCOLS, Asked
 from openjepa.evaluate.subjects import Bench
 from openjepa.models.encoder import Encoder
 from openjepa.models.layers import compile_blocks
-from openjepa.models.vit import ViT
+from openjepa.models.vit import Tokens, ViT
 from openjepa.recipes.exchange import is_run, load
 from openjepa.recipes.pretrain import random_encoder, saved_recipe
 from openjepa.recipes.recipe import flat, from_dict, nested
@@ -45,6 +45,7 @@ class Question:
     protocols: Sequence[str] | None = None  # none: a suite's own, or k-NN and linear
     tasks: Sequence[str] | None = None
     network: str | None = None
+    tokens: Tokens = "patches"  # that whole images' features are of
     out: Path | None = None  # of evaluation.json: the run, unless told
     image_size: tuple[int, int] | None = None
     share: float | None = None  # none: the set's, or all
@@ -95,8 +96,8 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     for part in parts:
         try:
             bench = laid(question, part, encoder, size, device, precision)
-            more = {"train": part.data.train, "test": part.data.test, "network": encoder.network, "step": about["step"],
-                    "table": part.table}  # fmt: skip
+            more = {"train": part.data.train, "test": part.data.test, "network": encoder.network, "tokens": question.tokens,
+                    "step": about["step"], "table": part.table}  # fmt: skip
             asking = [protocols[name] for name in part.protocols]
             for found in suite.evaluate(encoders, bench, asking, known, console, part.tasks):
                 records += [{"command": command, **answer, **more} for answer in found]
@@ -109,7 +110,10 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
     seconds = time.perf_counter() - start
     if parallel.launched()[0] > 0 and not failure:
         return folder / answers.FILE
-    of = f"{encoder.network} of {question.source}" + (f" at step {about['step']}" if about["step"] is not None else "")
+    part_of = "class token, " if question.tokens == "class" else ""
+    of = f"{part_of}{encoder.network} of {question.source}" + (
+        f" at step {about['step']}" if about["step"] is not None else ""
+    )
     for test in dict.fromkeys(r["test"] for r in records):
         console.print(suite.table([r for r in records if r["test"] == test], f"{of}, {test}"))
     if failure:
@@ -176,6 +180,7 @@ def laid(question: Question, part: Part, encoder: Encoder, size: tuple[int, int]
         device=device,
         precision=precision,
         autocast=pick_autocast(precision, device),
+        tokens=question.tokens,
         workers=workers,
         share=parallel.launched(),
         seed=question.seed,

@@ -35,10 +35,8 @@ def ibot_cifar10_cpu() -> Recipe:
     return Recipe(
         method="ibot",
         model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6, class_token=True),
-        ibot=IBOTConfig(
-            prototypes=1024, hidden=512, bottleneck=128, temperature_epochs=1, freeze_last_layer_epochs=0.5
-        ),
-        crops=CropsConfig(second_blur=0.0, small=2, small_size=(16, 16), small_scale=(0.1, 0.4), small_blur=0.0),
+        ibot=IBOTConfig(prototypes=1024, hidden=512, bottleneck=128),
+        crops=CropsConfig(second_blur=0.0, small=2, small_scale=(0.1, 0.4), small_blur=0.0),
         data=DataConfig(batch_size=64),
         augment=distorted((0.4, 1.0), blur=0.0),
         optim=rates(5e-4),

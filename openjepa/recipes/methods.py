@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from openjepa import masking
-from openjepa.data.augment import AugmentConfig, CropsConfig
+from openjepa.data.augment import AugmentConfig
 from openjepa.data.stream import Batch, Views
 from openjepa.decoder.condition import Condition
 from openjepa.decoder.rcdm import RCDM, RCDMConfig
 from openjepa.errors import UserError
 from openjepa.masking import Masks, TokenMasks, hide_tokens, sample_share
-from openjepa.methods.ibot import IBOT, IBOTConfig
+from openjepa.methods.ibot import IBOT
 from openjepa.methods.ijepa import IJEPA
 from openjepa.methods.mae import MAE, MASKING
 from openjepa.methods.method import Method
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # iBOT's first large crop
 DISTORTED = AugmentConfig(crop_scale=(0.25, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, blur=1.0)
-MOST_PIXELS = 2e9  # of all crops of a batch, kept until the step is done
+MOST_PIXELS = 2e9  # of all crops of a part of a step on one process, kept until it is done
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Family:
     views: Callable[[Recipe], Views]
     check: Callable[[Recipe], None] = lambda recipe: None  # raises UserError for values that do not go together
     class_token: bool = False  # that its encoder has unless told otherwise
-    begins: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}  # parts of a recipe that was another method's
+    begins: Mapping[str, Any] = field(default_factory=dict)  # parts of a recipe that was another method's
 
 
 def one_view(recipe: Recipe) -> Views:
@@ -52,13 +52,21 @@ def one_view(recipe: Recipe) -> Views:
 
 def many_views(recipe: Recipe) -> Views:
     """Two large crops of every image with hidden patches, where these are asked about, and small ones."""
-    crops = recipe.crops
+    crops, (_, small_size) = recipe.crops, crop_sizes(recipe)
     hidden = recipe.token_masking if recipe.ibot.patch_weight else replace(recipe.token_masking, masked=0.0)
     masks = partial(hide_tokens, hidden, recipe.model.grid, 2)
     return Views(
         crops.large(recipe.augment), recipe.model.image_size, recipe.model.channels, masks,
-        crops.little(recipe.augment), crops.small, crops.small_size,
+        crops.little(recipe.augment), crops.small, small_size,
     )  # fmt: skip
+
+
+def crop_sizes(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the large crops and of the small ones, which have 96 of 224 pixels, as published, unless told."""
+    rows, columns = recipe.model.grid
+    patch = recipe.model.patch_size
+    small = recipe.crops.small_size or (-(-rows * 96 // 224) * patch, -(-columns * 96 // 224) * patch)
+    return recipe.model.image_size, small
 
 
 def check_ijepa(recipe: Recipe) -> None:
@@ -93,50 +101,41 @@ def check_mae(recipe: Recipe) -> None:
 def check_ibot(recipe: Recipe) -> None:
     if not recipe.model.class_token:
         raise UserError("ibot compares class tokens: set model.class_token true")
-    crops, patch = recipe.crops, recipe.model.patch_size
-    if crops.small and any(side % patch for side in crops.small_size):
-        raise UserError(
-            f"crops.small_size {crops.small_size[0]}x{crops.small_size[1]} does not divide into patches of {patch} pixels"
-        )
-    (height, width), (h, w) = recipe.model.image_size, crops.small_size
-    if crops.small and h * w >= height * width:
+    patch, small, epochs = recipe.model.patch_size, recipe.crops.small, recipe.schedule.epochs
+    (height, width), (h, w) = crop_sizes(recipe)
+    if small and (h % patch or w % patch):
+        raise UserError(f"crops.small_size {h}x{w} does not divide into patches of {patch} pixels")
+    if small and h * w >= height * width:
         raise UserError(
             f"crops.small_size {h}x{w} is no smaller than the large crops, {height}x{width} (model.image_size)"
         )
-    pixels = recipe.data.batch_size * (2 * height * width + crops.small * h * w)
-    if pixels > MOST_PIXELS:
+    if (frozen := recipe.ibot.freeze_last_layer_epochs) and frozen >= epochs:
         raise UserError(
-            f"a batch of {recipe.data.batch_size} with 2 crops of {height}x{width} and {crops.small} of {h}x{w} each has "
-            f"{pixels / 1e9:.1f} billion pixels, more than {MOST_PIXELS / 1e9:g}: lower crops.small or data.batch_size"
+            f"ibot.freeze_last_layer_epochs ({frozen:g}) must be shorter than the run ({epochs:g} epochs): no prototype would move"
         )
-    if (frozen := recipe.ibot.freeze_last_layer_epochs) and frozen >= recipe.schedule.epochs:
+    if (rise := recipe.ibot.temperature_epochs) and rise > epochs:
         raise UserError(
-            f"ibot.freeze_last_layer_epochs ({frozen:g}) must be shorter than the run ({recipe.schedule.epochs:g} epochs): no "
-            "prototype would move"
+            f"ibot.temperature_epochs ({rise:g}) must be no longer than the run ({epochs:g} epochs): it would not end"
         )
     if not recipe.ibot.patch_weight:
         return
-    (rows, columns), least = recipe.model.grid, recipe.token_masking.hidden[0]
-    if recipe.token_masking.shape == "block" and min(rows, columns) < 2:
-        raise UserError(f"token_masking.shape block: no rectangle is smaller than a {rows}x{columns} grid: use random")
-    if not int(least * rows * columns):
-        raise UserError(
-            f"token_masking.hidden {least:g} of a {rows}x{columns} grid hides no patch: raise it, or set ibot.patch_weight 0"
-        )
     if not recipe.token_masking.masked:
         raise UserError("token_masking.masked 0 hides no patch: raise it, or set ibot.patch_weight 0")
+    masking.check_tokens(recipe.token_masking, recipe.model.grid)
 
 
-def ibot_begins(recipe: Recipe) -> dict[str, Any]:
-    """Views that differ by more than their place, small ones of as large a share as published, and a start as long as
-    `ibot_cifar10_cpu` gives it."""
-    patch, epochs = recipe.model.patch_size, recipe.schedule.epochs
-    rows, columns = (max(1, round(side * 96 / 224)) * patch for side in recipe.model.grid)
-    return {
-        "augment": DISTORTED,
-        "crops": CropsConfig(small_size=(rows, columns)),
-        "ibot": IBOTConfig(temperature_epochs=epochs / 4, freeze_last_layer_epochs=epochs / 8),
-    }
+def refuse_many_pixels(recipe: Recipe, images: int) -> None:
+    """Raises UserError for more crops than a part of a step, of so many images, can hold."""
+    if recipe.method != "ibot":
+        return
+    (height, width), (h, w) = crop_sizes(recipe)
+    pixels = images * (2 * height * width + recipe.crops.small * h * w)
+    if pixels > MOST_PIXELS:
+        raise UserError(
+            f"{images} images with 2 crops of {height}x{width} and {recipe.crops.small} of {h}x{w} each have "
+            f"{pixels / 1e9:.1f} billion pixels, more than {MOST_PIXELS / 1e9:g}: lower crops.small or data.batch_size, or raise "
+            "optim.accumulate"
+        )
 
 
 def check_rcdm(recipe: Recipe) -> None:
@@ -190,16 +189,16 @@ METHODS = {
         one_view,
         check_mae,
         class_token=True,
-        begins=lambda recipe: {"masking": MASKING},
+        begins={"masking": MASKING},
     ),
     "ibot": Family(
         IBOT,
         ("ibot", "crops", "token_masking"),
-        lambda r: IBOT(r.model, r.ibot),
+        lambda r: IBOT(r.model, r.ibot.of_run(r.schedule.epochs)),
         many_views,
         check_ibot,
         class_token=True,
-        begins=ibot_begins,
+        begins={"augment": DISTORTED},  # views that differ by their place alone would agree at once
     ),
     "rcdm": Family(RCDM, ("rcdm", "masking"), decoder, one_view, check_rcdm),
 }
@@ -215,4 +214,4 @@ def starting(recipe: Recipe, name: str) -> Recipe:
     shared = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__ if f not in (*parts(), "method")}
     family = METHODS[name]
     shared["model"] = replace(recipe.model, class_token=family.class_token)
-    return type(recipe)(method=name, **{**shared, **family.begins(recipe)})
+    return type(recipe)(method=name, **{**shared, **family.begins})

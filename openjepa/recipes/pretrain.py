@@ -34,7 +34,7 @@ from openjepa.evaluate.knn import knn_predict
 from openjepa.methods.method import Method
 from openjepa.models.encoder import Encoder, Normalise
 from openjepa.models.vit import ViT
-from openjepa.recipes.methods import METHODS, inputs
+from openjepa.recipes.methods import METHODS, inputs, refuse_many_pixels
 from openjepa.recipes.recipe import Recipe, differences, from_dict, from_yaml, to_yaml
 from openjepa.recipes.replay import dump
 from openjepa.rng import key
@@ -64,7 +64,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
         roll.patience = recipe.machine.patience_s
     device = pick_device(recipe.machine.device)
     recipe = settled(recipe, out, device)
-    mine = share(recipe.data.batch_size, recipe.optim.accumulate, parallel.rank(), parallel.world_size())
+    mine = share_of(recipe, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
     method = build(recipe)
     said = "" if checkpoint.checkpoints(out) else begun(method, recipe, out)
@@ -146,6 +146,13 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     return method
 
 
+def share_of(recipe: Recipe, rank: int, ranks: int) -> np.ndarray:
+    """The slots of a step that one rank makes. Raises UserError for what does not divide, or more crops than it could hold."""
+    mine = share(recipe.data.batch_size, recipe.optim.accumulate, rank, ranks)
+    refuse_many_pixels(recipe, len(mine) // recipe.optim.accumulate)
+    return mine
+
+
 def opened(recipe: Recipe, data: str, out: Path) -> tuple[Source, Schedule]:
     """The images of a run, and its schedule. Raises UserError for what cannot be trained. Writes nothing."""
     source = open_source(data, recipe.model.image_size)
@@ -219,7 +226,7 @@ def fitting(out: Path, recipe: Recipe, data: str, source: Source) -> dict[str, A
 
 def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
     """What `pretrain` on so many processes would refuse at its start. Raises UserError. Writes nothing."""
-    share(recipe.data.batch_size, recipe.optim.accumulate, 0, processes)
+    share_of(recipe, 0, processes)
     source, _ = opened(recipe, data, out)
     fitting(out, settled(recipe, out, torch.device("cpu")), data, source)
     if recipe.init_from and not checkpoint.checkpoints(out):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -226,7 +226,7 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10.4, 5.2), layout="constrained")
     for axes, metric in zip(figure.subplots(2, len(shown), sharex="col", sharey="row"), ("linear", "knn"), strict=True):
         for axis, along in zip(axes, shown, strict=True):
-            for name, colour in zip(names, cycle((BLUE, *TARGETS)), strict=False):
+            for (style, colour), name in zip(product(("-", "--", ":"), (BLUE, *TARGETS)), names, strict=False):
                 mine = [row for row in rows if row["who"] == name]
                 begun = [row for row in rows if row["who"] == f"{name}, random weights"]
                 seeds = list(dict.fromkeys(row["seed"] for row in mine))
@@ -235,7 +235,7 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                     line = sorted((r for r in (*begun, *mine) if r["seed"] == seed), key=lambda r: r["step"])
                     lines.append(([r[along] for r in line], [100 * r[metric] for r in line]))
                     axis.plot(*lines[-1], color=colour, linewidth=0.7, alpha=0.5)
-                axis.plot(*mean_line(lines), "o-", color=colour, linewidth=1.8, ms=3.5, label=name)
+                axis.plot(*mean_line(lines), f"o{style}", color=colour, linewidth=1.8, ms=3.5, label=name)
             for row in pixels:
                 axis.axhline(100 * row[metric], color=GREY, linewidth=1.2, linestyle="--", label="raw pixels")
             axis.set_ylabel(
