@@ -1,11 +1,15 @@
 """ijepa_auto: what it chooses, why, and that it is a recipe like any other."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+from openjepa.engine.checkpoint import checkpoints
+from openjepa.engine.run import Run
 from openjepa.recipes import auto, budget
 from openjepa.recipes.pretrain import saved_recipe
 from openjepa.recipes.recipe import Recipe, from_dict
@@ -44,7 +48,7 @@ def test_it_fills_the_time(folder, swift):
     assert before is not None
     assert (before.method, before.model, before.data) == ("mae", recipe.model, recipe.data)
     epochs = before.schedule.epochs, recipe.schedule.epochs
-    assert sum(epochs) * (49 // recipe.data.batch_size) * recipe.data.batch_size == pytest.approx(60 * 320, rel=0.01)
+    assert sum(epochs) * (49 // 32) * 32 == pytest.approx(60 * 320, rel=0.01)
     assert epochs[0] / sum(epochs) == pytest.approx(auto.PAINTED, rel=0.01)
 
 
@@ -65,22 +69,47 @@ def test_larger_images_learn_by_gentler_rates_and_after_their_predictor(monkeypa
     ("steps", "momenta"), [(12_500, (0.997, 0.9995)), (1_600, (0.996, 0.998)), (10, (0.996, 0.998))]
 )
 def test_the_average_is_over_what_was_seen_to_work(steps, momenta):
-    """The values of ijepa_cifar10_cpu and of ijepa_scenes, which were found by trying."""
+    """The values of ijepa_cifar10_alone_cpu and of ijepa_scenes, which were found by trying."""
     assert auto.momenta(steps) == pytest.approx(momenta, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [10_000, 10**6, 10**8])
+def test_a_long_run_averages_over_its_share_and_never_stands_still(steps):
+    for momentum, share in zip(auto.momenta(steps), (0.027, 0.16), strict=True):
+        assert 1 / (1 - momentum) / steps == pytest.approx(share, rel=0.06)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), (20, 20), (40, 32)])
+def test_few_images_are_a_batch_and_are_looked_at_seldom(swift, images, batch):
+    recipe = auto.choose(f"scenes:{images}", "20min", "cpu").recipe
+    assert recipe.data.batch_size == batch
+    before = recipe.before()
+    assert before is not None
+    for run, looks in ((before, auto.PAINTING_LOOKS), (recipe, auto.LOOKS)):
+        assert run.schedule.epochs / run.monitors.knn_every == pytest.approx(looks)
+        assert looks <= run.schedule.epochs / run.machine.checkpoint_every <= 1.01 * looks
+
+
+def test_looks_take_a_small_part_and_checkpoints_come_every_ten_minutes(swift):
+    recipe = auto.choose("scenes:4000", "5h", "cpu").recipe
+    seconds = 0.8 * 5 * 3600
+    assert recipe.schedule.epochs / recipe.machine.checkpoint_every == pytest.approx(seconds / 600)
+    short = auto.choose("scenes:4000", "60s", "cpu").recipe
+    assert auto.LOOKS * short.monitors.knn_images == pytest.approx(auto.LOOK_COST * 0.8 * 60 * 320, rel=0.05)
 
 
 def test_larger_images_on_a_gpu_are_seen_larger(monkeypatch, swift):
     monkeypatch.setattr(auto, "looked_at", lambda *_: iter([(np.zeros((8, 8, 3), np.uint8), (500, 375))] * 4))
     monkeypatch.setattr(auto, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(auto, "pick_precision", lambda name, device: "bf16")
     recipe = auto.choose("scenes:300", "20min").recipe
+    assert (recipe.data.batch_size, recipe.masking.strategy) == (128, "multiblock")  # a grid of 14x14
     assert (recipe.model.image_size, recipe.model.patch_size, recipe.model.size) == ((224, 224), 16, "S")
 
 
 def test_too_little_time_is_said(folder, swift):
-    (why,) = (why for what, why in auto.choose(str(folder), "10s", "cpu").reasons if " steps, " in what)
+    (why,) = (why for what, why in auto.choose(str(folder), "10s", "cpu").reasons if what.startswith("then"))
     assert "give it more time" in why
-    (why,) = (why for what, why in auto.choose(str(folder), "1h", "cpu").reasons if " steps, " in what)
+    (why,) = (why for what, why in auto.choose(str(folder), "1h", "cpu").reasons if what.startswith("then"))
     assert "give it more time" not in why
 
 
@@ -88,6 +117,7 @@ def test_what_it_prints_is_a_recipe_with_its_reasons(folder, swift, monkeypatch,
     status, out, _ = command(monkeypatch, capsys, "recipes", "ijepa_auto", "--data", str(folder), "--budget", "60s")
     assert status == 0
     assert out.startswith("# images of 32x32 pixels: ")
+    assert "the shorter side's median is 40" in out
     assert from_dict(Recipe, yaml.safe_load(out)) == auto.choose(str(folder), "60s").recipe
 
 
@@ -109,10 +139,53 @@ def test_a_run_of_it_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, t
     assert "images/s here" in out
     assert saved_recipe(tmp_path / "run" / "first").method == "mae"
     chosen = saved_recipe(tmp_path / "run")
-    status, out, _ = command(monkeypatch, capsys, *words)
+    status, out, _ = command(monkeypatch, capsys, *words, "--budget", "1h")
     assert status == 0
+    assert "goes on by the recipe that it began with" in out
     assert "images/s here" not in out
     assert saved_recipe(tmp_path / "run") == chosen
+
+
+def test_a_stop_while_it_paints_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(auto, "pace", lambda recipe, *_: 32 * 25.0)
+    words = [
+        "pretrain",
+        "--recipe",
+        "ijepa_auto",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--budget",
+        "1s",
+    ]
+    real = Run.log
+
+    def log(run, step, *more, **named):
+        if run.path.name == "first" and step == 2:
+            run.signal = signal.SIGTERM
+        real(run, step, *more, **named)
+
+    monkeypatch.setattr(Run, "log", log)
+    status, _, said = command(monkeypatch, capsys, *words)
+    assert status == 75
+    assert "the same command goes on" in said
+    chosen, stopped_at = saved_recipe(tmp_path / "run"), checkpoints(tmp_path / "run" / "first")[-1].step
+    assert 0 < stopped_at < 5
+    monkeypatch.setattr(Run, "log", real)
+    monkeypatch.setattr(auto, "pace", lambda recipe, *_: 32 * 50.0)  # the machine has another mood
+    assert command(monkeypatch, capsys, *words)[0] == 0
+    assert saved_recipe(tmp_path / "run") == chosen
+    assert checkpoints(tmp_path / "run" / "first")[-1].step == 5
+    assert checkpoints(tmp_path / "run")[-1].step == 20
+
+
+def test_the_device_that_is_asked_for_is_measured(folder, monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(auto, "pace", lambda recipe, *_: asked.append(recipe.machine.device) or 32.0)
+    words = ["--data", str(folder), "--out", str(tmp_path / "run"), "--budget", "1s", "--machine.device", "cpu"]
+    assert command(monkeypatch, capsys, "pretrain", "--recipe", "ijepa_auto", *words)[0] == 0
+    assert asked == ["cpu", "cpu"]
 
 
 def test_bad_input(folder, monkeypatch, capsys, tmp_path):
@@ -125,4 +198,11 @@ def test_bad_input(folder, monkeypatch, capsys, tmp_path):
     )
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.png").write_bytes(b"no image")
-    assert "could be read" in refused(monkeypatch, capsys, *auto_, "--data", str(tmp_path / "none"))
+    for data, told in (("none", "could be read"), ("images", "images exists and is not a run")):
+        at = ["--out", str(tmp_path / data)] if data == "images" else run
+        words = [*auto_[:3], *at, "--data", str(tmp_path / data)]
+        status, _, said = command(monkeypatch, capsys, *words)
+        assert status == 2
+        assert told in said.splitlines()[-1]
+    told = refused(monkeypatch, capsys, *auto_, "--data", str(folder), "--slurm.nodes", "1")
+    assert "openjepa recipes ijepa_auto --data SPEC > recipe.yaml" in told

@@ -129,6 +129,9 @@ def test_from_scratch_has_random_weights_no_layer_decay_and_at_least_as_many_ste
         assert tuned.layer_decay < 1.0
         assert scratch.epochs >= 2 * tuned.epochs
         assert tuned.epochs >= before.config.min_steps  # all labels fit in one batch here
+    longer = replace(before, config=replace(before.config, scratch_steps=900))
+    assert longer.planned(SCRATCH, 8).epochs == longer.planned(SCRATCH, 40).epochs == 900  # of one batch each
+    assert longer.planned(FINETUNED, 8) == before.planned(FINETUNED, 8)
     assert before.pretrained.extractor.identity["weights"] != before.random.extractor.identity["weights"]
     assert before.pretrained.extractor.identity["model"] == before.random.extractor.identity["model"]
 
@@ -175,6 +178,7 @@ def test_labels_are_worth_what_the_other_curve_needs_for_them():
     assert method.worth(0.3, curve) == pytest.approx(math.sqrt(100 * 1000))
     assert method.worth(0.4, curve) == pytest.approx(1000)
     assert method.worth(0.1, curve) == 0
+    assert method.worth(0.4, [*curve[:2], (5000, 0.3), curve[2]]) == pytest.approx(1000)  # not the 5,000 of a plateau
     assert method.worth(0.6, curve) == math.inf
     assert command_of.said({"value": 0.3}, curve) == "about 320"
     assert command_of.said({"value": 0.6}, curve) == "more than 10,000"

@@ -35,28 +35,31 @@ def looking(p: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(args: argparse.Namespace, processes: int = 1) -> tuple[Any, bool]:
+def chosen(args: argparse.Namespace, processes: int = 1, device: str = "auto") -> tuple[Any, bool]:
     """The recipe that --recipe or --config names, or None; and whether its batch size is that of one process."""
     if args.recipe and args.config:
         raise UserError("give --recipe or --config, not both")
     if args.recipe == AUTO and processes > 1:
-        raise UserError(
-            f"{AUTO} chooses alone: openjepa recipes {AUTO} --data SPEC > recipe.yaml, then --config recipe.yaml"
-        )
+        raise UserError(alone_here())
     if args.recipe == AUTO and hasattr(args, "budget"):
-        return automatic(args.data, args.budget), False
+        return automatic(args.data, args.budget, device), False
     if args.recipe:
         return named(args.recipe), False
     return read(Path(args.config)) if args.config else (None, False)
 
 
-def automatic(data: str | None, budget: str | None) -> Any:
+def alone_here() -> str:
+    """Why it does not choose for several processes, or for a machine that a job will run on."""
+    return f"{AUTO} chooses for one process here: openjepa recipes {AUTO} --data SPEC > recipe.yaml, then --config recipe.yaml"
+
+
+def automatic(data: str | None, budget: str | None, device: str = "auto") -> Any:
     """A recipe for these images; says why."""
     from openjepa.recipes.auto import choose
 
     if not data:
         raise UserError(f"{AUTO} chooses by the images: give --data SPEC: {SPEC}")
-    found = choose(data, budget or "30min")
+    found = choose(data, budget or "30min", device)
     for what, why in found.reasons:
         print(f"# {what}: {why}", flush=True)
     return found.recipe

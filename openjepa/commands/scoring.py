@@ -47,7 +47,7 @@ def labels(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.recipes.labels import Asked, labels, rates_in
 
     names = ("source", "train", "test", "recipe", "task", "network", "squash", "precision", "device", "seed", "workers",
-             "labels", "draws", "min_steps")  # fmt: skip
+             "labels", "draws", "min_steps", "scratch_steps")  # fmt: skip
     asked = Asked(
         **{name: getattr(args, name) for name in names},
         share=args.crop,
@@ -123,6 +123,13 @@ def add(commands: Any) -> None:
     )
     p.add_argument(
         "--min-steps", type=int, default=200, metavar="N", help="of fine-tuning at least, and twice from scratch: 200"
+    )
+    p.add_argument(
+        "--scratch-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="from scratch at least, at every share: as many as pretraining had make it the stricter question",
     )
     p.add_argument(
         "--rates",

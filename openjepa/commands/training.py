@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import AUTO, SPEC, automatic, chosen, named, pairs, refuse, together
+from openjepa.commands.options import AUTO, SPEC, alone_here, automatic, chosen, named, pairs, refuse, together
 from openjepa.engine import slurm
 from openjepa.errors import UserError
 
@@ -32,14 +32,20 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
 def training(args: argparse.Namespace, values: dict[str, str], processes: int) -> tuple[Any, str, Path]:
     """What is to be trained by so many processes: recipe, images, run."""
-    from openjepa.recipes.pretrain import saved_data, saved_recipe
+    from openjepa.recipes.pretrain import refuse_stranger, saved_data, saved_recipe
     from openjepa.recipes.recipe import of_processes, override
 
     out = Path(args.out)
     begun = (out / "recipe.yaml").exists()
     if args.budget and args.recipe != AUTO:
         raise UserError(f"--budget is of {AUTO}: others say how long they train, --schedule.epochs")
-    recipe, of_one_process = (None, False) if args.recipe == AUTO and begun else chosen(args, processes)
+    if args.recipe == AUTO and begun:
+        print(f"{out} goes on by the recipe that it began with", flush=True)
+        recipe, of_one_process = None, False
+    else:
+        if args.recipe == AUTO:  # before a minute of measuring
+            refuse_stranger(out)
+        recipe, of_one_process = chosen(args, processes, values.get("machine.device", "auto"))
     if recipe and of_one_process:
         recipe = of_processes(recipe, processes)
     recipe = recipe or (saved_recipe(out) if begun else None)
@@ -59,6 +65,8 @@ def submit(args: argparse.Namespace, rest: list[str]) -> None:
     values = pairs(rest)
     asked = {name: values.pop(name) for name in list(values) if name.startswith("slurm.")}
     config = from_dict(slurm.SlurmConfig, nested(asked)["slurm"], "slurm")
+    if args.recipe == AUTO:
+        raise UserError(alone_here())
     recipe, data, out = training(args, values, config.processes)
     check(recipe, data, out, config.processes)  # refused here, not after hours in the queue
     how = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
@@ -114,7 +122,8 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> None:
     if (args.data or args.budget) and args.name != AUTO:
         raise UserError(f"--data and --budget are of {AUTO}")
     if args.name:
-        recipe = automatic(args.data, args.budget) if args.name == AUTO else named(args.name)
+        with together():
+            recipe = automatic(args.data, args.budget) if args.name == AUTO else named(args.name)
         print(to_yaml(recipe), end="")
         return
     print(f"{AUTO:24} Chosen for your images, this machine and a time: --data SPEC --budget 30min; says why.")
@@ -139,7 +148,9 @@ def add(commands: Any) -> None:
     p.add_argument("--recipe", metavar="NAME")
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
     p.add_argument("--data", metavar="SPEC", help=SPEC)
-    p.add_argument("--budget", metavar="TIME", help=f"with {AUTO}: 30min unless told")
+    p.add_argument(
+        "--budget", metavar="TIME", help=f"with {AUTO}: of training, after a minute of measuring: 30min unless told"
+    )
     p.add_argument("--out", metavar="RUN", required=True)
 
     p = commands.add_parser("pack", help="turn images into tar shards with an index, for any disk or store")

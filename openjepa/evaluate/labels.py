@@ -6,7 +6,7 @@ Three learners get the same labels, and each sees the test set once:
 - linear probe: `linear` on the features of the frozen encoder;
 - from scratch: `finetune`, the same code with the same images, from random weights, and with what those need: no decay of
   the rate over layers, since no layer holds anything yet that slow rates would keep; a rate of 1e-3, the usual one of AdamW
-  for ViTs; gradients clipped to a norm of 1; and twice the steps. What pretraining cost is not counted: `--scratch.epochs`
+  for ViTs; gradients clipped to a norm of 1; and twice the steps. What pretraining cost is not counted: `--scratch-steps`
   gives that time to the labels, too.
 
 Where several rates are to be tried, each of the two that train the network chooses its own, for each share, on a fifth of
@@ -49,20 +49,28 @@ def from_scratch(config: FinetuneConfig) -> FinetuneConfig:
 class LabelsConfig:
     """How each learner learns.
 
-    min_steps: of fine-tuning, where the epochs of few labels hold fewer; from scratch twice as many. rates: factors of the
-    learning rates of both; the best is chosen where there are several.
+    min_steps: of fine-tuning, where the epochs of few labels hold fewer; from scratch twice as many. scratch_steps: from scratch
+    at least, at every share. rates: factors of the learning rates of both; the best is chosen where there are several.
     """
 
     finetune: FinetuneConfig
     scratch: FinetuneConfig
     linear: LinearConfig
     min_steps: int = 200
+    scratch_steps: int = 0
     rates: tuple[float, ...] = (1.0,)
     validation: float = 0.2  # share of the labels that chooses among rates
 
     def __post_init__(self) -> None:
-        if self.min_steps < 0 or not self.rates or min(self.rates) <= 0 or not 0 < self.validation < 1:
-            raise UserError("labels: min_steps must not be negative, rates are above 0, validation between 0 and 1")
+        if (
+            min(self.min_steps, self.scratch_steps) < 0
+            or not self.rates
+            or min(self.rates) <= 0
+            or not 0 < self.validation < 1
+        ):
+            raise UserError(
+                "labels: numbers of steps must not be negative, rates are above 0, validation between 0 and 1"
+            )
         if self.linear.views != "none":
             raise UserError("labels: linear.views must be none: all shares learn from one set of features")
 
@@ -127,7 +135,7 @@ class Contest:
         """Its values, with so many epochs that the steps are enough."""
         config, least = self.config.finetune, self.config.min_steps
         if who == SCRATCH:
-            config, least = self.config.scratch, LONGER * least
+            config, least = self.config.scratch, max(LONGER * least, self.config.scratch_steps)
         per_epoch = labels // min(config.batch_size, labels)
         return replace(config, epochs=max(config.epochs, math.ceil(least / per_epoch)))
 
@@ -138,7 +146,8 @@ def worth(accuracy: float, curve: Sequence[tuple[int, float]]) -> float:
     Returns 0 or infinity for what lies below or above all of it.
     """
     labels, values = np.array(sorted(curve)).T
-    values = np.maximum.accumulate(values)
+    values, first = np.unique(np.maximum.accumulate(values), return_index=True)
+    labels = labels[first]  # of a plateau the fewest
     if accuracy < values[0] or accuracy > values[-1]:
         return 0.0 if accuracy < values[0] else math.inf
     return float(np.exp(np.interp(accuracy, values, np.log(labels))))

@@ -5,35 +5,40 @@ The rules are what docs/small-data.md found; whoever knows better saves the reci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
 
 from openjepa.data.augment import centre_crop
 from openjepa.data.decode import BadImage, Box, decode
+from openjepa.data.order import epoch_order
 from openjepa.data.sources import Source, open_source
-from openjepa.data.stream import DataConfig, steps_per_epoch
-from openjepa.engine.device import pick_device, pick_precision
+from openjepa.data.stream import steps_per_epoch
+from openjepa.engine.device import pick_device
 from openjepa.engine.monitors import MonitorsConfig
-from openjepa.engine.optim import OptimConfig, ScheduleConfig
+from openjepa.engine.run import MachineConfig
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
 from openjepa.recipes.budget import pace, seconds_of
-from openjepa.recipes.ijepa import CPU, GPU, HIDDEN, painting
+from openjepa.recipes.ijepa import CPU, GPU, HIDDEN, after_painting
 from openjepa.recipes.recipe import Recipe
-from openjepa.rng import permutation
 
-NAME = "ijepa_auto"
 LOOKED_AT = 256  # images whose sizes and colours stand for all
 SIDES = {"cpu": (32, 64, 96), "cuda": (32, 64, 96, 160, 224)}  # pixels that are trained at
 PATCHES = {32: 4, 64: 8, 96: 12, 160: 16, 224: 16}  # pixels a side, for each of them
-FEW_STEPS = 1500  # below which nothing was seen to be learned
+BATCH = {"cpu": 32, "cuda": 128}
+FEW_STEPS = 1000  # of I-JEPA, below which little is learned
 SMALL = 8  # patches a side, up to which random masks were tried
-PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then no more
-SMALLEST_RATE, RATE = 8e-4, 5e-4  # at 1e-3 images of 32 pixels learn best, and photographs lose what they learned
+PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
+SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones, which lose by 1e-3 what they learned
 ALONE = 200  # steps in which the new predictor learns, and the painted encoder not yet
+LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
+LOOK_COST = 0.12  # images of a look, as a share of those trained on since the last: about a twentieth of the time
 
 
 @dataclass(frozen=True)
@@ -44,91 +49,131 @@ class Chosen:
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
 
-def choose(spec: str, budget: str, device: str = "auto", seed: int = 0) -> Chosen:
-    """A recipe for these images that takes about the budget (90s, 30min, 2h) on this machine. Raises UserError."""
+def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
+    """A recipe for these images whose training takes about the budget (90s, 30min, 2h) on this machine. Raises UserError."""
     seconds, on = seconds_of(budget), pick_device(device)
     kind = "cuda" if on.type == "cuda" else "cpu"
     source = open_source(spec)
-    sizes = [size for _, size in looked_at(source, seed, 8)]
-    if not sizes:
+    seen = [*looked_at(source, 8)]
+    if not seen:
         raise UserError(f"{spec}: none of {LOOKED_AT} images could be read")
-    short = int(median(min(size) for size in sizes))
+    short = int(median(min(size) for _, size in seen))
     side = max((s for s in SIDES[kind] if s <= short), default=SIDES[kind][0])
-    model, predictor = CPU if kind == "cpu" else GPU
-    model = replace(model, image_size=(side, side), patch_size=PATCHES[side])
-    grid = side // model.patch_size
-    batch = 32 if kind == "cpu" else 128
-    mean, std = colours(source, side, seed)
     rate = SMALLEST_RATE if side == SIDES[kind][0] else RATE
-    begun = Recipe(
-        seed=seed,
-        precision=pick_precision("auto", on),
-        model=model,
-        predictor=predictor,
+    grid = side // PATCHES[side]
+    batch = min(BATCH[kind], len(source))
+    mean, std = colours([pixels for pixels, _ in seen])
+    plan = partial(
+        after_painting,
+        networks=CPU if kind == "cpu" else GPU,
+        image=side,
+        patch=PATCHES[side],
+        colours=(mean, std),
+        rate=rate,
+        batch=batch,
         masking=HIDDEN if grid <= SMALL else MaskingConfig(),
-        data=DataConfig(batch_size=batch, mean=mean, std=std),
-        optim=OptimConfig(lr=rate, start_lr=rate / 10, final_weight_decay=0.04, betas=(0.9, 0.95)),
-        schedule=ScheduleConfig(epochs=1, warmup_epochs=0.06),
-        monitors=MonitorsConfig(knn_every=0),
-        machine=replace(Recipe().machine, device=device),
     )
     per_epoch = steps_per_epoch(len(source), batch)
-    before = replace(begun, first=painting(predictor, rate)).before()
+    begun = on_device(plan(painted=1, epochs=1, alone=0, ema=momenta(per_epoch)), device)
+    before = begun.before()
     assert before is not None
-    painted, speed = (
+    print("measuring how fast this machine trains", file=sys.stderr, flush=True)
+    paces = (
         pace(before, spec, per_epoch, PAINTED * seconds),
-        pace(begun, spec, per_epoch, (1 - PAINTED) * seconds),
+        pace(replace(begun, first={}), spec, per_epoch, (1 - PAINTED) * seconds),
     )
-    first = epochs_in(PAINTED * seconds, painted, batch, per_epoch)
-    epochs = epochs_in((1 - PAINTED) * seconds, speed, batch, per_epoch)
-    steps = round(epochs * per_epoch)
-    ema, alone = momenta(steps), min(ALONE, steps // 10)
-    recipe = replace(
-        begun,
-        first=painting(predictor, rate, first),
-        predictor=replace(predictor, alone_epochs=round(alone / per_epoch, 4)),
-        schedule=replace(begun.schedule, epochs=epochs, warmup_epochs=round(0.06 * epochs, 3), ema=ema),
-        monitors=MonitorsConfig(log_every=max(1, steps // 50)),
+    painted, steps = (
+        max(1, round(share * seconds * speed / batch))
+        for share, speed in zip((PAINTED, 1 - PAINTED), paces, strict=True)
     )
-    enough = "" if steps >= FEW_STEPS else f"; fewer than {FEW_STEPS} have taught nothing so far: give it more time"
+    alone = min(ALONE, steps // 10)
+    recipe = plan(
+        painted=digits(painted / per_epoch),
+        epochs=digits(steps / per_epoch),
+        alone=digits(alone / per_epoch),
+        ema=momenta(steps),
+    )
+    recipe = on_device(watched(recipe, painted, steps, seconds), device)
+    model, predictor = recipe.model, recipe.predictor
+    enough = "" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time"
     reasons = [
-        (f"images of {side}x{side} pixels", f"the shorter side's median is {short}; on {a(kind)} at most {SIDES[kind][-1]}"),
-        (f"patches of {model.patch_size} pixels, a grid of {grid}x{grid}", "masks need 8 a side, and more cost time"),
+        (f"images of {side}x{side} pixels", f"the shorter side's median is {short}; on {NAMES[kind]} at most {SIDES[kind][-1]}"
+         + ("; smaller ones are enlarged" if short < side else "")),
+        (f"patches of {model.patch_size} pixels, a grid of {grid}x{grid}",
+         "masks need 8 a side, and more cost time" if grid <= SMALL else "what a GPU has the time for"),
         (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
-         f"what {a(kind)} trains long enough in minutes"),
-        (f"normalised by mean {mean} and deviation {std}", f"measured on {len(sizes)} images"),
-        (f"batches of {batch}", "from the same images more steps teach more than larger batches"),
-        (f"first {first:.2g} epochs of painting hidden patches (MAE)", f"{PAINTED:.0%} of {budget} at {painted:.0f} images/s: "
-         "pixels teach much at once, and features of a network that knows nothing do not"),
-        (f"then {steps} steps, {epochs:.2g} epochs of {len(source)} images", f"the rest at {speed:.0f} images/s here{enough}"),
-        (f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned"),
-        (f"a learning rate of {rate:g}", "as this size was seen to learn" if kind == "cpu" else "as on a CPU; no other was tried"),
-        ("three quarters of the patches hidden", "so a grid this small learns at least as well, in less time than by blocks")
+         f"what {NAMES[kind]} trains long enough in minutes"),
+        (f"normalised by mean {mean} and deviation {std}", f"measured on {len(seen)} images"),
+        (f"batches of {batch}", "all there are" if batch < BATCH[kind] else
+         "from the same images more steps teach more than larger batches" if kind == "cpu" else "what keeps a GPU busy"),
+        (f"first {painted:,} steps, {painted / per_epoch:,.1f} epochs, of painting hidden patches (MAE)",
+         f"{PAINTED:.0%} of {budget} at {paces[0]:,.0f} images/s: pixels teach much at once, and features of a network that "
+         "knows nothing do not"),
+        (f"then {steps:,} steps, {steps / per_epoch:,.1f} epochs of {len(source):,} images",
+         f"the rest at {paces[1]:,.0f} images/s here{enough}"),
+        *([(f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned")]
+          if alone else []),
+        (f"a learning rate of {rate:g}", "images of 32 pixels like it high, and photographs do not" if kind == "cpu"
+         else "as on a CPU; no other was tried"),
+        ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
         if grid <= SMALL
         else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
-        (f"EMA from {ema[0]} to {ema[1]}", "the target encoder averages over 3 % of the steps at first, 16 % at last, but never "
-         "over fewer than 250: a quick one collapses"),
+        (f"EMA from {recipe.schedule.ema[0]} to {recipe.schedule.ema[1]}",
+         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: over few it collapses".format(*windows(steps))),
     ]  # fmt: skip
     return Chosen(recipe, reasons)
 
 
-def epochs_in(seconds: float, speed: float, batch: int, per_epoch: int) -> float:
-    """Whole steps of so many images a second, in epochs; one at least."""
-    return max(1e-4, round(max(1, round(seconds * speed / batch)) / per_epoch, 4))
+NAMES = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
-def a(kind: str) -> str:
-    return "a CPU" if kind == "cpu" else "a GPU"
+def on_device(recipe: Recipe, device: str) -> Recipe:
+    return replace(recipe, machine=replace(recipe.machine, device=device))
+
+
+def watched(recipe: Recipe, painted: int, steps: int, seconds: float) -> Recipe:
+    """With looks and checkpoints as shares of the run, whatever an epoch is: a look takes a small part of the time, and a
+    checkpoint is never more than ten minutes old."""
+
+    def both(steps: int, looks: int, epochs: float, seconds: float) -> tuple[MonitorsConfig, MachineConfig]:
+        images = round(LOOK_COST * steps / looks * recipe.data.batch_size)
+        monitors = MonitorsConfig(
+            log_every=max(1, steps // (5 * looks)),
+            knn_every=digits(epochs / looks),
+            knn_images=min(MonitorsConfig().knn_images, max(10, images)),
+        )
+        saves = max(looks, math.ceil(seconds / 600))
+        return monitors, MachineConfig(checkpoint_every=digits(epochs / saves))
+
+    first = recipe.first["schedule"]["epochs"]
+    monitors, machine = both(painted, PAINTING_LOOKS, first, PAINTED * seconds)
+    own = both(steps, LOOKS, recipe.schedule.epochs, (1 - PAINTED) * seconds)
+    of_first = {
+        "monitors": asdict(monitors),
+        "machine": {"checkpoint_every": machine.checkpoint_every},
+    }
+    return replace(recipe, first={**recipe.first, **of_first}, monitors=own[0], machine=own[1])
+
+
+def digits(number: float) -> float:
+    """To six digits, whatever its size."""
+    return float(f"{number:.6g}")
+
+
+def windows(steps: int) -> tuple[float, float]:
+    """Steps that the target encoder averages over at the first and at the last step."""
+    return max(250, 0.027 * steps), max(500, 0.16 * steps)
 
 
 def momenta(steps: int) -> tuple[float, float]:
-    """Of the target encoder at the first and last step: it averages over shares of the run that were seen to work."""
-    return round(1 - 1 / max(250, 0.027 * steps), 4), round(1 - 1 / max(500, 0.16 * steps), 4)
+    """Of the target encoder at the first and last step."""
+    first, last = (1 - float(f"{1 / window:.2g}") for window in windows(steps))
+    return round(first, 12), round(last, 12)
 
 
-def looked_at(source: Source, seed: int, side: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+def looked_at(source: Source, side: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
     """Some images, uint8 [side, side, 3] of their middle, and their own (width, height). What cannot be read is passed over."""
-    for index in permutation(seed, "auto", 0, len(source))[:LOOKED_AT]:
+    for index in epoch_order(0, "auto", 0, len(source))[np.arange(min(LOOKED_AT, len(source)))]:
         sizes: list[tuple[int, int]] = []
 
         def middle(width: int, height: int, sizes: list[tuple[int, int]] = sizes) -> Box:
@@ -142,8 +187,8 @@ def looked_at(source: Source, seed: int, side: int) -> Iterator[tuple[np.ndarray
         yield pixels, sizes[-1]
 
 
-def colours(source: Source, side: int, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def colours(images: Sequence[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, images in [0, 1]."""
-    pixels = np.stack([pixels for pixels, _ in looked_at(source, seed, side)]).reshape(-1, 3) / 255
+    pixels = np.stack(images).reshape(-1, 3) / 255
     mean, std = pixels.mean(0), pixels.std(0).clip(0.02)
     return tuple(round(float(x), 3) for x in mean), tuple(round(float(x), 3) for x in std)

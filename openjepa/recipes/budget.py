@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from openjepa.engine.run import read_metrics
+from openjepa.engine.run import Interrupted, read_metrics
 from openjepa.errors import UserError
 from openjepa.recipes.pretrain import pretrain
 from openjepa.recipes.recipe import Recipe
@@ -37,7 +37,14 @@ def pace(recipe: Recipe, spec: str, per_epoch: int, seconds: float) -> float:
 def pace_of(recipe: Recipe, spec: str, per_epoch: int, steps: int) -> float:
     """Images a second in so many steps, after as many more."""
     with tempfile.TemporaryDirectory() as folder:
-        pretrain(stretched(recipe, 2 * steps, per_epoch, steps), spec, Path(folder) / "pace", Console(quiet=True))
+        plan = stretched(recipe, 2 * steps, per_epoch, steps)
+        plan = replace(
+            plan, machine=replace(plan.machine, checkpoint_every=plan.schedule.epochs)
+        )  # none while it is timed
+        try:
+            pretrain(plan, spec, Path(folder) / "pace", Console(quiet=True))
+        except Interrupted as stop:
+            raise Interrupted("nothing was begun yet", stop.status) from stop
         speed: float = read_metrics(Path(folder) / "pace")[-1]["images_per_s"]
         return speed
 

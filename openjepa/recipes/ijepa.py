@@ -98,9 +98,8 @@ TINY_IMAGENET = (0.484, 0.444, 0.396), (0.283, 0.274, 0.284)
 def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patch: int, painted: float, epochs: float,
                    alone: float, ema: tuple[float, float], colours: tuple[tuple[float, ...], tuple[float, ...]],
                    rate: float = 5e-4, batch: int = 32, masking: MaskingConfig = HIDDEN) -> Recipe:  # fmt: skip
-    """What `ijepa_auto` would choose. painted, epochs, alone: epochs of painting, of I-JEPA, and of those with the encoder at rest.
-
-    Why so: docs/small-data.md.
+    """What `ijepa_auto` chooses from, and the recipes of small sets. painted, epochs, alone: epochs of painting, of I-JEPA, and of
+    those with the encoder at rest. Why so: docs/small-data.md.
     """
     model, predictor = networks
     return Recipe(

@@ -53,6 +53,7 @@ class Asked(Finetuning):
     labels: str = "1%,10%,100%"  # of each class
     draws: int = 3  # of each share below all
     min_steps: int = LabelsConfig.min_steps
+    scratch_steps: int = LabelsConfig.scratch_steps
     rates: tuple[float, ...] = LabelsConfig.rates
 
 
@@ -181,7 +182,8 @@ def configured(asked: Asked, values: Mapping[str, str]) -> LabelsConfig:
     tuned = from_dict(FinetuneConfig, trees["finetune"], "finetune", base=recipe_of(asked, RECIPES))
     scratch = from_dict(FinetuneConfig, trees["scratch"], "scratch", base=from_scratch(tuned))
     probe = from_dict(LinearConfig, trees["linear"], "linear", base=LinearConfig())
-    return LabelsConfig(finetune=tuned, scratch=scratch, linear=probe, min_steps=asked.min_steps, rates=asked.rates)
+    steps = {"min_steps": asked.min_steps, "scratch_steps": asked.scratch_steps}
+    return LabelsConfig(finetune=tuned, scratch=scratch, linear=probe, rates=asked.rates, **steps)
 
 
 # ---------------------------------------------------------------- what a folder holds

@@ -40,7 +40,7 @@ from openjepa.recipes.replay import dump
 from openjepa.rng import key
 
 FIRST = "first"  # the run that comes first, inside of the one that begins with it
-BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm", FIRST)  # what a start that was killed leaves
+BEGINNINGS = ("data.json", "data.json.part", "recipe.yaml.part", "slurm")  # what a start that was killed leaves
 
 
 def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None = None) -> Method:
@@ -51,8 +51,13 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     """
     out, console = Path(out), console or Console()
     with joined() as roll, limited(recipe.machine.read_mb_s):
-        if (before := recipe.before()) and not checkpoint.checkpoints(out):
+        if recipe.first and not checkpoint.checkpoints(out):
             check(recipe, data, out, parallel.world_size())  # now, not when the first has run
+            recipe = settled(recipe, out, pick_device(recipe.machine.device))
+            before = recipe.before()
+            assert before is not None
+            if parallel.rank() == 0:  # so that whoever goes on with it is told what it was to be
+                prepare(out, recipe, data, open_source(data, recipe.model.image_size))
             pretrain_together(before, data, out / FIRST, console, roll)
         return pretrain_together(recipe, data, out, console, roll)
 
@@ -219,9 +224,15 @@ def fitting(out: Path, recipe: Recipe, data: str, source: Source) -> dict[str, A
                 f"{out} was made from other images ({saved['data']}, {saved['images']} images): now {data} has {len(source)} "
                 "images and other contents; choose another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(f.name not in BEGINNINGS for f in out.iterdir())):
-        raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
+    else:
+        refuse_stranger(out)
     return about
+
+
+def refuse_stranger(out: Path) -> None:
+    """Raises UserError for a folder in which no run can begin."""
+    if out.exists() and (not out.is_dir() or any(f.name not in BEGINNINGS for f in out.iterdir())):
+        raise UserError(f"{out} exists and is not a run: choose an empty or new folder for --out")
 
 
 def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
