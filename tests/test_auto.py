@@ -39,7 +39,8 @@ def test_it_looks_at_the_images(folder, swift):
     assert recipe.model.image_size == (32, 32)  # the shorter side is 40
     assert recipe.model.grid == (8, 8)
     assert recipe.data.mean == pytest.approx((39.5 / 255,) * 3, abs=0.01)
-    assert all(0.02 <= std <= 40 / 12**0.5 / 255 for std in recipe.data.std)  # of noise, which resizing smooths
+    smooth, noise = 0.3 * 40 / 12**0.5 / 255, 40 / 12**0.5 / 255
+    assert all(smooth < std <= noise for std in recipe.data.std)  # of noise, which resizing by a fifth smooths a little
 
 
 def test_it_fills_the_time(folder, swift):

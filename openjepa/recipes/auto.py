@@ -54,15 +54,15 @@ def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
     seconds, on = seconds_of(budget), pick_device(device)
     kind = "cuda" if on.type == "cuda" else "cpu"
     source = open_source(spec)
-    seen = [*looked_at(source, 8)]
-    if not seen:
+    sizes = [size for _, size in looked_at(source, 8)]
+    if not sizes:
         raise UserError(f"{spec}: none of {LOOKED_AT} images could be read")
-    short = int(median(min(size) for _, size in seen))
+    short = int(median(map(min, sizes)))
     side = max((s for s in SIDES[kind] if s <= short), default=SIDES[kind][0])
     rate = SMALLEST_RATE if side == SIDES[kind][0] else RATE
     grid = side // PATCHES[side]
     batch = min(BATCH[kind], len(source))
-    mean, std = colours([pixels for pixels, _ in seen])
+    mean, std = colours([pixels for pixels, _ in looked_at(source, side)])  # small ones would be smoother
     plan = partial(
         after_painting,
         networks=CPU if kind == "cpu" else GPU,
@@ -103,7 +103,7 @@ def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
          "masks need 8 a side, and more cost time" if grid <= SMALL else "what a GPU has the time for"),
         (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
          f"what {NAMES[kind]} trains long enough in minutes"),
-        (f"normalised by mean {mean} and deviation {std}", f"measured on {len(seen)} images"),
+        (f"normalised by mean {mean} and deviation {std}", f"measured on {len(sizes)} images"),
         (f"batches of {batch}", "all there are" if batch < BATCH[kind] else
          "from the same images more steps teach more than larger batches" if kind == "cpu" else "what keeps a GPU busy"),
         (f"first {painted:,} steps, {painted / per_epoch:,.1f} epochs, of painting hidden patches (MAE)",
