@@ -12,6 +12,7 @@ from openjepa.engine.device import pick_precision
 from openjepa.engine.run import Interrupted
 from openjepa.errors import UserError
 from openjepa.recipes import budget
+from openjepa.recipes.methods import crop_sizes
 from openjepa.recipes.named import RECIPES
 from openjepa.recipes.recipe import all_keys
 from openjepa.see.figures import comparison_figure, mean_line
@@ -227,6 +228,13 @@ def test_ablations_are_contestants_like_others():
     assert plain.recipe.loss.target == "encoder"
     assert (pixels.recipe.loss.target, pixels.recipe.masking.targets) == ("pixels", 2)
     assert pixels.recipe.model == plain.recipe.model
+
+
+def test_all_methods_take_the_images_that_the_page_gives_them():
+    """docs/comparison.md: for photographs."""
+    entered = contestants(["ijepa", "mae", "ibot"], {"model.image_size": "96", "model.patch_size": "12"})
+    bench.refuse_late_mistakes(entered, 5000)
+    assert [crop_sizes(each.recipe)[1] for each in entered[2:]] == [(48, 48)]
 
 
 def test_what_a_method_does_in_epochs_is_stretched_over_its_time():

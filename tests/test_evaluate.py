@@ -20,7 +20,9 @@ from openjepa.evaluate.subjects import Bench
 from openjepa.evaluate.views import ViewFeed
 from openjepa.recipes import evaluation
 from openjepa.recipes.evaluation import Question
-from openjepa.recipes.pretrain import random_encoder
+from openjepa.recipes.pretrain import pretrain, random_encoder
+from openjepa.recipes.recipe import override
+from tests.conftest import recipe_of
 from tests.helpers import refused
 
 QUIET = Console(quiet=True)
@@ -256,6 +258,28 @@ def test_compiled_encoders_answer_the_same(run, folder, monkeypatch, tmp_path, p
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of blocks that are alike, at any batch size
     assert len(plain) == len(compiled) > 2
     assert all(np.allclose(*pair, atol=near) for pair in zip(plain, compiled, strict=True))
+
+
+def test_class_tokens_are_asked_in_the_patches_place(folder, run, tmp_path, monkeypatch, capsys):
+    recipe = override(recipe_of("mae"), {"model.registers": "1", "model.image_size": "32"})  # which comes after it
+    encoder, source = random_encoder(recipe), open_source(str(folder))
+    whole = torch.stack([Images(source, range(3), VIEW)[i] for i in range(3)])
+    found = EncoderFeatures(encoder, VIEW, contextlib.nullcontext, "fp32", 2, "class")(whole)
+    first = encoder.vit.tokens(encoder.normalise(whole))[:, 0]
+    assert torch.allclose(found[:, -1], first, atol=1e-5)
+    assert torch.allclose(encoder.features(whole, layers=2, pool="class"), found.flatten(1), atol=1e-5)
+    patches = EncoderFeatures(encoder, VIEW, contextlib.nullcontext, "fp32", 2)
+    assert patches.identity != EncoderFeatures(encoder, VIEW, contextlib.nullcontext, "fp32", 2, "class").identity
+    pretrain(recipe, str(folder), tmp_path / "mae", QUIET)
+    of_patches, of_class = (
+        ask(tmp_path / "mae", folder, {}, protocols=["knn"], tokens=t) for t in ("patches", "class")
+    )
+    assert [r["tokens"] for r in of_class if r["of"] == "pretrained"] == ["patches", "class"]
+    assert len(of_class) == 2 * len(of_patches) - 1  # both stay; of raw pixels it is one question
+    words = ["evaluate", str(run), "--train", str(folder), "--test", str(folder), "--tokens", "class"]
+    assert "has no class token" in refused(monkeypatch, capsys, *words)
+    with pytest.raises(ValueError, match="no class token"):
+        random_encoder(recipe_of("ijepa")).features(whole, pool="class")
 
 
 def test_to_compile_needs_a_compiler(run, folder, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def batch(b: int = 4, small: int = 2) -> tuple:
 def test_the_loss_and_the_centres_are_the_releases(golden: Path):
     about, tensors = json.loads((golden / "ibot_loss.json").read_text()), load_file(golden / "ibot_loss.safetensors")
     method = make(temperature_epochs=about["tau_warmup_epochs"] - 1)
-    errors: dict[str, list[float]] = {"classes": [], "patches": [], "centres": []}
+    errors: dict[str, list[float]] = {"classes": [], "patches": [], "sum": [], "centres": []}
     for told in about["results"]:
         t = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"e{told['epoch']}.")}
         method.begin_step(told["epoch"])
@@ -50,8 +50,10 @@ def test_the_loss_and_the_centres_are_the_releases(golden: Path):
         hidden = torch.cat([t["mask0"], t["mask1"]]).flatten(1).bool()
         where = hidden.flatten().nonzero()[:, 0]
         asked, target = (t[f"{who}_patch"].flatten(0, 1)[where] for who in ("student", "teacher"))
-        loss = method.patch_loss(asked, target, hidden, where).mean()
-        errors["patches"].append(abs(loss.item() / told["patch"] - 1))
+        of_patches = method.patch_loss(asked, target, hidden, where).mean()
+        errors["patches"].append(abs(of_patches.item() / told["patch"] - 1))
+        whole = method.config.class_weight * loss + method.config.patch_weight * of_patches
+        errors["sum"].append(abs(whole.item() / told["loss"] - 1))
         means = torch.stack([t["teacher_cls"].mean(0), t["teacher_patch"].mean((0, 1))])
         method.after_step(0.996, 1.0, means)
         errors["centres"].append(error(method.centres, torch.cat([t["center_cls"], t["center_patch"][0]])))
