@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -21,12 +21,11 @@ from openjepa.data.sources import Source, open_source
 from openjepa.data.stream import steps_per_epoch
 from openjepa.engine.device import pick_device
 from openjepa.engine.monitors import MonitorsConfig
-from openjepa.engine.run import MachineConfig
 from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
 from openjepa.recipes.budget import pace, seconds_of
 from openjepa.recipes.ijepa import CPU, GPU, HIDDEN, after_painting
-from openjepa.recipes.recipe import Recipe
+from openjepa.recipes.recipe import Recipe, from_dict
 
 LOOKED_AT = 256  # images whose sizes and colours stand for all
 SIDES = {"cpu": (32, 64, 96), "cuda": (32, 64, 96, 160, 224)}  # pixels that are trained at
@@ -46,113 +45,109 @@ class Chosen:
     """A recipe, and why it has its values: (what, why) in the order they were chosen in."""
 
     recipe: Recipe
-    reasons: list[tuple[str, str]] = field(default_factory=list)
+    reasons: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the choice is made by."""
+
+    kind: str  # cpu or cuda
+    budget: str
+    images: int
+    looked: int  # images that were
+    short: int  # pixels, the median of their shorter sides
 
 
 def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
     """A recipe for these images whose training takes about the budget (90s, 30min, 2h) on this machine. Raises UserError."""
-    seconds, on = seconds_of(budget), pick_device(device)
-    kind = "cuda" if on.type == "cuda" else "cpu"
+    seconds, kind = seconds_of(budget), "cuda" if pick_device(device).type == "cuda" else "cpu"
     source = open_source(spec)
     sizes = [size for _, size in looked_at(source, 8)]
     if not sizes:
         raise UserError(f"{spec}: none of {LOOKED_AT} images could be read")
-    short = int(median(map(min, sizes)))
-    side = max((s for s in SIDES[kind] if s <= short), default=SIDES[kind][0])
-    rate = SMALLEST_RATE if side == SIDES[kind][0] else RATE
-    grid = side // PATCHES[side]
+    known = Known(kind, budget, len(source), len(sizes), int(median(map(min, sizes))))
+    side = max((s for s in SIDES[kind] if s <= known.short), default=SIDES[kind][0])
     batch = min(BATCH[kind], len(source))
-    mean, std = colours([pixels for pixels, _ in looked_at(source, side)])  # small ones would be smoother
     plan = partial(
         after_painting,
         networks=CPU if kind == "cpu" else GPU,
         image=side,
         patch=PATCHES[side],
-        colours=(mean, std),
-        rate=rate,
+        colours=colours([pixels for pixels, _ in looked_at(source, side)]),  # smaller ones would be smoother
+        rate=SMALLEST_RATE if side == SIDES[kind][0] else RATE,
         batch=batch,
-        masking=HIDDEN if grid <= SMALL else MaskingConfig(),
+        masking=HIDDEN if side // PATCHES[side] <= SMALL else MaskingConfig(),
     )
     per_epoch = steps_per_epoch(len(source), batch)
     begun = on_device(plan(painted=1, epochs=1, alone=0, ema=momenta(per_epoch)), device)
     before = begun.before()
     assert before is not None
     print("measuring how fast this machine trains", file=sys.stderr, flush=True)
-    paces = (
-        pace(before, spec, per_epoch, PAINTED * seconds),
-        pace(replace(begun, first={}), spec, per_epoch, (1 - PAINTED) * seconds),
-    )
-    painted, steps = (
-        max(1, round(share * seconds * speed / batch))
-        for share, speed in zip((PAINTED, 1 - PAINTED), paces, strict=True)
-    )
-    alone = min(ALONE, steps // 10)
+    shares = PAINTED * seconds, (1 - PAINTED) * seconds
+    paces = [pace(run, spec, per_epoch, s) for run, s in zip((before, replace(begun, first={})), shares, strict=True)]
+    painted, steps = (max(1, round(s * speed / batch)) for s, speed in zip(shares, paces, strict=True))
     recipe = plan(
         painted=digits(painted / per_epoch),
         epochs=digits(steps / per_epoch),
-        alone=digits(alone / per_epoch),
+        alone=digits(min(ALONE, steps // 10) / per_epoch),
         ema=momenta(steps),
     )
-    recipe = on_device(watched(recipe, painted, steps, seconds), device)
-    model, predictor = recipe.model, recipe.predictor
-    enough = "" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time"
-    reasons = [
-        (f"images of {side}x{side} pixels", f"the shorter side's median is {short}; on {NAMES[kind]} at most {SIDES[kind][-1]}"
-         + ("; smaller ones are enlarged" if short < side else "")),
-        (f"patches of {model.patch_size} pixels, a grid of {grid}x{grid}",
-         "masks need 8 a side, and more cost time" if grid <= SMALL else "what a GPU has the time for"),
-        (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
-         f"what {NAMES[kind]} trains long enough in minutes"),
-        (f"normalised by mean {mean} and deviation {std}", f"measured on {len(sizes)} images"),
-        (f"batches of {batch}", "all there are" if batch < BATCH[kind] else
-         "from the same images more steps teach more than larger batches" if kind == "cpu" else "what keeps a GPU busy"),
-        (f"first {painted:,} steps, {painted / per_epoch:,.1f} epochs, of painting hidden patches (MAE)",
-         f"{PAINTED:.0%} of {budget} at {paces[0]:,.0f} images/s: pixels teach much at once, and features of a network that "
-         "knows nothing do not"),
-        (f"then {steps:,} steps, {steps / per_epoch:,.1f} epochs of {len(source):,} images",
-         f"the rest at {paces[1]:,.0f} images/s here{enough}"),
-        *([(f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned")]
-          if alone else []),
-        (f"a learning rate of {rate:g}", "images of 32 pixels like it high, and photographs do not" if kind == "cpu"
-         else "as on a CPU; no other was tried"),
-        ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
-        if grid <= SMALL
-        else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
-        (f"EMA from {recipe.schedule.ema[0]} to {recipe.schedule.ema[1]}",
-         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: over few it collapses".format(*windows(steps))),
-    ]  # fmt: skip
-    return Chosen(recipe, reasons)
-
-
-NAMES = {"cpu": "a CPU", "cuda": "a GPU"}
+    first = {**recipe.first, **watched(painted, PAINTING_LOOKS, recipe.first["schedule"]["epochs"], batch, shares[0])}
+    own = {"first": first, **watched(steps, LOOKS, recipe.schedule.epochs, batch, shares[1])}
+    recipe = on_device(from_dict(Recipe, own, base=recipe), device)
+    return Chosen(recipe, reasons(recipe, known, painted, steps, paces))
 
 
 def on_device(recipe: Recipe, device: str) -> Recipe:
     return replace(recipe, machine=replace(recipe.machine, device=device))
 
 
-def watched(recipe: Recipe, painted: int, steps: int, seconds: float) -> Recipe:
-    """With looks and checkpoints as shares of the run, whatever an epoch is: a look takes a small part of the time, and a
-    checkpoint is never more than ten minutes old."""
-
-    def both(steps: int, looks: int, epochs: float, seconds: float) -> tuple[MonitorsConfig, MachineConfig]:
-        images = round(LOOK_COST * steps / looks * recipe.data.batch_size)
-        monitors = MonitorsConfig(
-            log_every=max(1, steps // (5 * looks)),
-            knn_every=digits(epochs / looks),
-            knn_images=min(MonitorsConfig().knn_images, max(10, images)),
-        )
-        saves = max(looks, math.ceil(seconds / 600))
-        return monitors, MachineConfig(checkpoint_every=digits(epochs / saves))
-
-    first = recipe.first["schedule"]["epochs"]
-    monitors, machine = both(painted, PAINTING_LOOKS, first, PAINTED * seconds)
-    own = both(steps, LOOKS, recipe.schedule.epochs, (1 - PAINTED) * seconds)
-    of_first = {
-        "monitors": asdict(monitors),
-        "machine": {"checkpoint_every": machine.checkpoint_every},
+def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Looks and checkpoints as shares of a run, whatever an epoch is: a look takes a small part of the time, and a checkpoint is
+    never more than ten minutes old."""
+    images = round(LOOK_COST * steps / looks * batch)
+    monitors = {
+        "log_every": max(1, steps // (5 * looks)),
+        "knn_every": digits(epochs / looks),
+        "knn_images": min(MonitorsConfig().knn_images, max(10, images)),
     }
-    return replace(recipe, first={**recipe.first, **of_first}, monitors=own[0], machine=own[1])
+    return {
+        "monitors": monitors,
+        "machine": {"checkpoint_every": digits(epochs / max(looks, math.ceil(seconds / 600)))},
+    }
+
+
+def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Sequence[float]) -> list[tuple[str, str]]:
+    """Why a recipe has its values. painted, steps: of its stages; paces: their images a second."""
+    model, predictor, batch, (first, last) = recipe.model, recipe.predictor, recipe.data.batch_size, recipe.schedule.ema
+    (side, _), (rows, columns), cpu = model.image_size, model.grid, known.kind == "cpu"
+    a, small, alone = "a CPU" if cpu else "a GPU", rows <= SMALL, min(ALONE, steps // 10)
+    return [
+        (f"images of {side}x{side} pixels", f"the shorter side's median is {known.short}; on {a} at most {SIDES[known.kind][-1]}"
+         + ("; smaller ones are enlarged" if known.short < side else "")),
+        (f"patches of {model.patch_size} pixels, a grid of {rows}x{columns}",
+         "masks need 8 a side, and more cost time" if small else "what a GPU has the time for"),
+        (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
+         f"what {a} trains long enough in minutes"),
+        (f"normalised by mean {recipe.data.mean} and deviation {recipe.data.std}", f"measured on {known.looked} images"),
+        (f"batches of {batch}", "all there are" if batch < BATCH[known.kind] else
+         "from the same images more steps teach more than larger batches" if cpu else "what keeps a GPU busy"),
+        (f"first {painted:,} steps, {recipe.first['schedule']['epochs']:,.1f} epochs, of painting hidden patches (MAE)",
+         f"{PAINTED:.0%} of {known.budget} at {paces[0]:,.0f} images/s: pixels teach much at once, and features of a network that "
+         "knows nothing do not"),
+        (f"then {steps:,} steps, {recipe.schedule.epochs:,.1f} epochs of {known.images:,} images",
+         f"the rest at {paces[1]:,.0f} images/s here"
+         + ("" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time")),
+        *([(f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned")]
+          if alone else []),
+        (f"a learning rate of {recipe.optim.lr:g}",
+         "images of 32 pixels like it high, and photographs do not" if cpu else "as on a CPU; no other was tried"),
+        ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
+        if small else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
+        (f"EMA from {first} to {last}",
+         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: over few it collapses".format(*windows(steps))),
+    ]  # fmt: skip
 
 
 def digits(number: float) -> float:
