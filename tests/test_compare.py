@@ -177,7 +177,7 @@ def test_every_contestant_has_its_line_however_many_there_are():
         for step in (1, 2)
     ]
     figure = comparison_figure([*rows, bench.control("raw pixels", 0, {"knn": 0.4, "linear": 0.4})])
-    legend = figure.axes[0].get_legend()
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*"abcdefgh", "raw pixels"]
     assert len({(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}) == 9
 

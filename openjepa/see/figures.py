@@ -245,7 +245,8 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.xaxis.set_major_formatter("{x:,.0f}")
             tidy(axis)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return figure
 
 
