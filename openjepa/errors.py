@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exception that a user's mistake raises, and what errors say in one line."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -15,6 +15,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))  # names from files may hold anything
+
+
+class Diverged(UserError):
+    """Training that stopped because its losses were not finite."""
 
 
 def first_line(error: BaseException) -> str:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from openjepa.bench import compare as bench
+from openjepa.bench import measure
 from openjepa.bench.compare import contestants, seconds_of
 from openjepa.engine.device import pick_precision
 from openjepa.engine.run import Interrupted
-from openjepa.errors import UserError
+from openjepa.errors import Diverged, UserError
 from openjepa.recipes import budget
 from openjepa.recipes.methods import crop_sizes
 from openjepa.recipes.named import RECIPES
@@ -124,13 +125,30 @@ def test_a_stopped_comparison_goes_on_with_the_next_contestant(quick, monkeypatc
     assert len(done[name]["rows"]) == 17
 
 
-def test_what_another_command_kept_is_measured_anew(quick, monkeypatch, capsys, tmp_path):
+def test_what_another_environment_kept_is_measured_anew(quick, monkeypatch, capsys, tmp_path):
     words = ["bench", "compare", "--data", "scenes:80", "--seeds", "0,1", "--out", str(tmp_path / "here.json")]
     assert command(monkeypatch, capsys, *words, *SMALL)[0] == 75
-    status, _, said = command(monkeypatch, capsys, *words, *SMALL, "--looks", "2")
+    monkeypatch.setattr(measure, "environment", lambda: {"torch": "another"})
+    status, _, said = command(monkeypatch, capsys, *words, *SMALL)
     assert status == 0
-    assert "another command's or environment's: all is measured anew" in said
+    assert "another environment's: all is measured anew" in said
     assert len(quick) == 4 + 6
+
+
+def test_another_question_has_a_record_of_its_own(quick, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "here.json"
+    for more in ([], ["--looks", "2"], ["--model.heads", "2"]):
+        words = ["--data", "scenes:80", "--methods", "mae", *SMALL, *more]
+        assert command(monkeypatch, capsys, "bench", "compare", *words, "--out", str(file))[0] == 0
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_no_more_looks_are_taken_than_steps_fit(monkeypatch):
+    monkeypatch.setattr(bench, "pace", lambda *_: 32.0)
+    monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=1, min_steps=1))
+    values = {"model.depth": "1", "model.width": "48", "data.batch_size": "16"}
+    rows = bench.compare("scenes:80", None, "mae", "2s", "0", "60", values)
+    assert [row["step"] for row in rows if row["who"] == "mae"] == [1, 2, 3, 4]
 
 
 def test_a_comparison_that_keeps_nothing_says_so(quick, monkeypatch, capsys):
@@ -147,7 +165,7 @@ def test_one_that_stops_learning_is_left_out_and_the_others_go_on(quick, monkeyp
 
     def looked_at(name, *more):
         if name == "mae":
-            raise UserError("10 steps in a row were not finite; begin again")
+            raise Diverged("10 steps in a row were not finite; begin again")
         return shown(name, *more)
 
     monkeypatch.setattr(bench, "looked_at", looked_at)
@@ -264,7 +282,21 @@ def test_whatever_is_said_in_epochs_is_stretched():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--methods", "ijepa,mea"], "did you mean 'mae'"),
+        (["--methods", "ijepa,mea"], "'mea' is neither a method nor a recipe; did you mean 'mae'? (ijepa, mae, ibot;"),
+        (["--methods", "rcdm"], "'rcdm' is neither a method nor a recipe"),
+        (["--methods", ""], "--methods is empty"),
+        (["--seeds", "0,00"], "each once"),
+        (["--loss.target", "pixels"], "--methods mae: 'loss' is a part of ijepa"),
+        (["--kept", "a.json,"], "--kept is empty"),
+        (
+            [
+                "--methods",
+                "mae,ibot:crops.small=64:data.batch_size=80:model.image_size=[2400,2400]",
+                "--data",
+                "scenes:80",
+            ],
+            "other encoders (model.image_size",
+        ),
         (["--methods", "mae,mae"], "name each once"),
         (["--methods", "ijepa:loss.target"], "'loss.target' is no key=value"),
         (["--methods", "ijepa:loss.target=pixel"], "did you mean 'pixels'"),

@@ -126,6 +126,8 @@ def test_another_method_begins_at_its_own_values():
     assert recipe.augment == recipe_of("ijepa").augment
     ibot = override(recipe_of("ijepa"), {"method": "ibot"})
     assert methods.crop_sizes(ibot) == ((32, 32), (16, 16))
+    painted_first = override(RECIPES["ijepa_cifar10_cpu"](), {"method": "ibot"})
+    assert painted_first.before() is None  # its encoder has no class token
     assert ibot.augment.jitter == (0.4, 0.4, 0.2, 0.1)  # views that differ by their place alone would agree at once
 
 
@@ -149,7 +151,8 @@ def test_what_ibot_is_not_told_follows_from_the_images_and_the_length_of_the_run
 
 def test_more_crops_than_a_process_can_hold_are_refused(folder, tmp_path):
     recipe = override(recipe_of("ibot"), {"crops.small": "60", "data.batch_size": "200000"})
-    with pytest.raises(UserError, match=r"3\.5 billion pixels, more than 2: lower crops\.small"):
+    told = r"2 of 32x32 and 60 of 16x16, have 3\.5 billion pixels, more than 2: lower crops\.small"
+    with pytest.raises(UserError, match=told):
         pretrain(recipe, str(folder), tmp_path / "run", Console(quiet=True))
     assert not (tmp_path / "run").exists()
     share_of(recipe, 0, 2)  # two processes can
@@ -201,6 +204,8 @@ def test_images_of_four_channels_are_distorted_but_for_their_alpha():
         ("ibot", {"token_masking.masked": "-1"}, "a share is between 0 and 1"),
         ("ibot", {"token_masking.hidden": "0.5,1"}, "hide some and leave some"),
         ("ibot", {"ibot.teacher_temperature": "0"}, "must be above 0"),
+        ("ibot", {"ibot.prototypes": "100000000000"}, "must be between 1 and 1,048,576"),
+        ("ibot", {"ibot.freeze_last_layer_epochs": "-1"}, "ibot.freeze_last_layer_epochs not negative"),
         ("ibot", {"optim.clip_each": "-1"}, "optim.clip_each is -1"),
         ("ijepa", {"loss.target": "pixels", "loss.target_mask": "input"}, "leave one out"),
     ],

@@ -29,7 +29,7 @@ from openjepa.data.stream import steps_per_epoch
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.device import TrainingPrecision, pick_autocast, pick_device, pick_precision
 from openjepa.engine.run import read_metrics
-from openjepa.errors import UserError, first_line, nearest
+from openjepa.errors import Diverged, UserError, first_line, nearest
 from openjepa.evaluate.features import EncoderFeatures, Extractor, Features, Images, PixelFeatures, View, extract
 from openjepa.evaluate.knn import knn_predict
 from openjepa.evaluate.linear import LinearConfig, Probe
@@ -40,12 +40,13 @@ from openjepa.recipes.budget import pace, seconds_of, stretched
 from openjepa.recipes.exchange import load
 from openjepa.recipes.methods import METHODS
 from openjepa.recipes.named import RECIPES
-from openjepa.recipes.pretrain import pretrain, random_encoder
+from openjepa.recipes.pretrain import pretrain, random_encoder, share_of
 from openjepa.recipes.recipe import Recipe, differing_encoders, override
 
 SCORES = ("knn", "linear")  # of a look
 # what no contestant can set: the comparison does
 OWN = ("seed", "monitors.log_every", "monitors.knn_every", "machine.checkpoint_every", "machine.keep")
+COMPARABLE = [name for name in RECIPES if not name.startswith("rcdm")]  # a decoder trains no encoder
 ENTERED = {"ijepa": "ijepa_cifar10_alone_cpu", "mae": "mae_cifar10_cpu", "ibot": "ibot_cifar10_cpu"}  # by their method
 LOOKS = "5"  # at each run, unless told
 MOODY = 0.1  # of the budget, by which what a contestant took may differ unsaid
@@ -72,8 +73,11 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
     for word in words:
         name, *changes = split(word, ":")
         known = ENTERED.get(name, name)
-        if known not in RECIPES:
-            raise UserError(f"--methods {name}: a method or a recipe{nearest(name, [*ENTERED, *RECIPES])}")
+        if known not in COMPARABLE:
+            raise UserError(
+                f"--methods {word}: '{name}' is neither a method nor a recipe{nearest(name, [*ENTERED, *COMPARABLE])} "
+                f"({', '.join(ENTERED)}; openjepa recipes lists others)"
+            )
         if wrong := [c for c in changes if "=" not in c]:
             raise UserError(f"--methods {word}: '{wrong[0]}' is no key=value")
         own = dict(change.split("=", 1) for change in changes)
@@ -81,15 +85,16 @@ def contestants(words: Sequence[str], values: Mapping[str, str]) -> list[Contest
             raise UserError(f"--methods {word}: a key is given twice")
         if taken := [key for key in (*values, *own) if key in OWN]:
             raise UserError(f"{taken[0]} is the comparison's own" + ("; give --seeds" if taken[0] == "seed" else ""))
-        recipe = override(RECIPES[known](), {**values, **own})
+        try:
+            recipe = override(RECIPES[known](), {**values, **own})
+        except UserError as error:
+            raise UserError(f"--methods {word}: {error}") from error
         if recipe.init_from:
             raise UserError(f"--methods {word}: it begins with {recipe.init_from}, whose time would not count")
         found.append(Contestant(word, recipe))
     first = found[0].recipe.model
     for other in found[1:]:
-        model = replace(
-            other.recipe.model, class_token=first.class_token
-        )  # which MAE and iBOT have, and is not looked at
+        model = replace(other.recipe.model, class_token=first.class_token)  # some have one beside the same patches
         if differing := differing_encoders(first, model):
             raise UserError(
                 f"--methods: {found[0].name} and {other.name} train other encoders ({'; '.join(differing)})"
@@ -163,7 +168,7 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
     A contestant that stops learning is left out, and said to be.
     """
     entered, limit = contestants(split(methods, ","), values or {}), seconds_of(budget)
-    if not re.fullmatch(r"\d+(,\d+)*", seeds) or len(set(seeds.split(","))) <= seeds.count(","):
+    if not re.fullmatch(r"\d+(,\d+)*", seeds) or len(set(map(int, seeds.split(",")))) <= seeds.count(","):
         raise UserError(f"--seeds {seeds}: give whole numbers, each once, such as 0,1")
     if not looks.isdecimal() or not int(looks):
         raise UserError(f"--looks {looks}: give a whole number, 1 or more")
@@ -191,7 +196,7 @@ def compare(spec: str = "scenes:4000", test: str | None = None, methods: str = "
             recipe = replace(contestant.recipe, seed=seed, precision=precision if own == "auto" else own)
             try:
                 seen_at = looked_at(contestant.name, recipe, spec, source, limit, jury, int(looks))
-            except UserError as error:
+            except Diverged as error:
                 print(f"{contestant.name}, seed {seed}, is left out: {str(error).partition(';')[0]}", file=sys.stderr)
                 continue
             chance = jury.encoder(contestant.name, random_encoder(recipe), recipe.precision)
@@ -220,9 +225,8 @@ def rows_of(file: Path) -> Rows:
     """Of the one comparison in a file, finished or not. Raises UserError."""
     try:
         found = [record["rows"] for name, record in json.loads(file.read_text()).items() if name.startswith("compare")]
-        _ = [
-            row[key] for rows in found for row in rows for key in ("who", "seed", "step", "images", "seconds", *SCORES)
-        ]
+        if any({"who", "seed", "step", "images", "seconds", *SCORES} - row.keys() for rows in found for row in rows):
+            raise ValueError("its rows are none of a comparison")
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"--kept {file} holds no measurements: {first_line(error)}") from error
     if len(found) != 1:
@@ -239,6 +243,7 @@ def refuse_late_mistakes(entered: Sequence[Contestant], images: int) -> None:
     """Raises UserError now for what would stop a contestant after the hours of those before it."""
     for recipe in (run for contestant in entered for run in runs(contestant.recipe)):
         steps_per_epoch(images, recipe.data.batch_size)
+        share_of(recipe, 0, 1)
         with torch.device("meta"):
             METHODS[recipe.method].build(recipe)
 
@@ -262,25 +267,21 @@ def looked_at(name: str, recipe: Recipe, spec: str, source: Source, limit: float
     with tempfile.TemporaryDirectory() as folder:
         for k, ((run, per_epoch), speed, seconds) in enumerate(zip(planned, speeds, own, strict=True)):
             share = seconds / sum(own)  # of the time, as the recipe has it
-            shown = (
-                max(1, round(looks * share))
-                if k < len(planned) - 1
-                else max(1, looks - len({row["step"] for row in rows}))
-            )
-            every = max(1, round(limit * share * speed / run.data.batch_size / shown))
+            fit = limit * share * speed / run.data.batch_size  # steps
+            shown = round(looks * share) if k < len(planned) - 1 else looks - len({row["step"] for row in rows})
+            shown = max(1, min(shown, int(fit)))
+            every = max(1, round(fit / shown))
             steps = every * shown
             print(f"{name}, seed {run.seed}: {run.method}, {speed:.0f} images/s, {steps} steps", file=sys.stderr)
             begun = replace(run, init_from=str(Path(folder) / f"{k - 1}")) if k else run
             rows += looks_at(
                 name, stretched(begun, steps, per_epoch, every), spec, Path(folder) / f"{k}", jury, rows[-1:]
             )
+    if not rows:
+        raise Diverged("its last steps were not finite")
     took = rows[-1]["seconds"]
     if abs(took / limit - 1) > MOODY:
-        then = "more" if took < limit else "less"
-        print(
-            f"note: {took:.0f} s, not {limit:.0f}: the machine was {then} busy when the pace was measured",
-            file=sys.stderr,
-        )
+        print(f"note: {name} took {took:.3g} s, not {limit:.3g}: its pace at the start did not last", file=sys.stderr)
     return rows
 
 
@@ -302,5 +303,6 @@ def looks_at(name: str, recipe: Recipe, spec: str, run: Path, jury: Jury, last: 
         row["images_per_s"] = row["images"] / row["seconds"]
         for who, scores in jury.encoder(name, load(found.path), recipe.precision).items():
             rows.append({"who": who, **row, **scores})
-            print(f"  {row['seconds']:.0f} s: {who}: {scores}", file=sys.stderr)
+            found_out = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in scores.items())
+            print(f"  {row['seconds']:.0f} s: {who}: {found_out}", file=sys.stderr)
     return rows

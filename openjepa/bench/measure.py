@@ -56,7 +56,7 @@ BENCHES: dict[str, Callable[..., Rows]] = {
 }
 LONG = ("compare",)  # those whose rows are kept as they come
 FIGURES = {"scaling": "cost_figure", "compare": "comparison_figure", "fleet": "fleet_figure"}
-NAMED = ("methods", "budget", "seeds")  # of what was asked, that tells one measurement from another
+NAMED = ("test", "methods", "budget", "seeds", "looks")  # of what was asked, that tells one measurement from another
 
 
 def measure(what: str, *, peer: str | None = None, spec: str | None = None, plot: Path | None = None, out: Path | None = None,
@@ -162,12 +162,12 @@ def unfinished(name: str) -> str:
 
 
 def begun(file: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the rows that the same command has kept, if it was stopped in the same environment."""
+    """A record with the rows that the same question has kept, if it was stopped in the same environment."""
     before = measurements(file).get(unfinished(name))
     if before is None:
         return record
-    if any(before.get(key) != record[key] for key in ("command", "environment")):
-        print(f"{file}: what was kept is another command's or environment's: all is measured anew", file=sys.stderr)
+    if before.get("environment") != record["environment"]:
+        print(f"{file}: what was kept is another environment's: all is measured anew", file=sys.stderr)
         return record
     record = {**record, **before}
     print(f"{file}: going on after {len(record['rows'])} rows", file=sys.stderr)

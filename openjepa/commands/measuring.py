@@ -15,9 +15,9 @@ def bench(args: argparse.Namespace, rest: list[str]) -> None:
     from openjepa.bench.measure import measure
     from openjepa.engine.run import Interrupted
 
-    for flag in ("plot", "out", "kept"):
-        if getattr(args, flag) == "":
-            raise UserError(f"--{flag} is empty: give a file's name")
+    for flag, given in vars(args).items():
+        if given == "" or (flag == "kept" and given and "" in given.split(",")):
+            raise UserError(f"--{flag} is empty: give it a value, or leave it out")
     plot, out = (Path(file) if file else None for file in (args.plot, args.out))
     asked = {name: getattr(args, name) for name in ("test", "methods", "budget", "seeds", "looks", "kept")}
     if args.what == "compare":

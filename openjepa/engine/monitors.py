@@ -18,7 +18,7 @@ from openjepa.engine.device import Later
 from openjepa.engine.launch import Roll
 from openjepa.engine.optim import Schedule
 from openjepa.engine.run import Run, memory_gib
-from openjepa.errors import UserError
+from openjepa.errors import Diverged, UserError
 from openjepa.methods.method import Method
 
 TOKENS = 2048  # patch features that the rank is estimated from
@@ -196,7 +196,7 @@ class Watch:
         kept = self.dump(outcome.step - 1, outcome.batch) if self.dump else None
         self.run.saver.wait()
         saved = checkpoints(self.run.path)
-        raise UserError(
+        raise Diverged(
             f"{self.bad_in_a_row} steps in a row were not finite, the last is step {outcome.step} (loss {loss:g}); "
             + (
                 f"the newest checkpoint is of step {saved[-1].step}, before them"

@@ -42,8 +42,9 @@ class IBOTConfig:
     freeze_last_layer_epochs: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.prototypes, self.hidden, self.bottleneck) < 1:
-            raise UserError("ibot.prototypes, ibot.hidden and ibot.bottleneck must be at least 1")
+        sizes = self.prototypes, self.hidden, self.bottleneck
+        if min(sizes) < 1 or max(sizes) > 2**20:
+            raise UserError(f"ibot.prototypes, ibot.hidden and ibot.bottleneck must be between 1 and {2**20:,}")
         if min(self.class_weight, self.patch_weight) < 0 or self.class_weight + self.patch_weight == 0:
             raise UserError("ibot.class_weight and ibot.patch_weight must not be negative, nor both 0")
         for name in ("student_temperature", "teacher_temperature", "patch_temperature", "first_temperature"):
@@ -53,7 +54,9 @@ class IBOTConfig:
             not 0 <= self.centre_momentum < 1
             or min(self.temperature_epochs or 0, self.freeze_last_layer_epochs or 0) < 0
         ):
-            raise UserError("ibot.centre_momentum must be in [0, 1), numbers of epochs not negative")
+            raise UserError(
+                "ibot.centre_momentum must be in [0, 1), ibot.temperature_epochs and ibot.freeze_last_layer_epochs not negative"
+            )
 
     def of_run(self, epochs: float) -> IBOTConfig:
         """With what depends on the length of the run filled in."""

@@ -126,15 +126,14 @@ def check_ibot(recipe: Recipe) -> None:
 
 def refuse_many_pixels(recipe: Recipe, images: int) -> None:
     """Raises UserError for more crops than a part of a step, of so many images, can hold."""
-    if recipe.method != "ibot":
-        return
-    (height, width), (h, w) = crop_sizes(recipe)
-    pixels = images * (2 * height * width + recipe.crops.small * h * w)
-    if pixels > MOST_PIXELS:
+    views = METHODS[recipe.method].views(recipe)
+    sizes = [size for _, size in views.kinds()]
+    if (pixels := images * sum(h * w for h, w in sizes)) > MOST_PIXELS:
+        crops = " and ".join(f"{sizes.count(size)} of {size[0]}x{size[1]}" for size in dict.fromkeys(sizes))
+        fewer = "crops.small or data.batch_size" if views.smalls else "data.batch_size"
         raise UserError(
-            f"{images} images with 2 crops of {height}x{width} and {recipe.crops.small} of {h}x{w} each have "
-            f"{pixels / 1e9:.1f} billion pixels, more than {MOST_PIXELS / 1e9:g}: lower crops.small or data.batch_size, or raise "
-            "optim.accumulate"
+            f"{images} images with crops, {crops}, have {pixels / 1e9:.1f} billion pixels, more than {MOST_PIXELS / 1e9:g}: lower "
+            f"{fewer}, or raise optim.accumulate"
         )
 
 
@@ -214,4 +213,5 @@ def starting(recipe: Recipe, name: str) -> Recipe:
     shared = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__ if f not in (*parts(), "method")}
     family = METHODS[name]
     shared["model"] = replace(recipe.model, class_token=family.class_token)
+    shared["first"] = {}  # of the other method's, whose encoder is another
     return type(recipe)(method=name, **{**shared, **family.begins})

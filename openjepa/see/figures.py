@@ -242,7 +242,7 @@ def comparison_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 f"{'linear probe' if metric == 'linear' else 'k-NN'}, %" if along == "seconds" else "", fontsize=9
             )
             axis.set_xlabel(shown[along] if metric == "knn" else "", fontsize=9)
-            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.xaxis.set_major_formatter("{x:,.0f}")
             tidy(axis)
     handles, labels = figure.axes[0].get_legend_handles_labels()
