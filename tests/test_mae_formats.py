@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from openjepa.models.layers import sincos_positions
 from openjepa.models.vit import ViTConfig
 from openjepa.recipes.exchange import export, import_weights, load
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
+from openjepa.recipes.recipe import to_yaml
 from tests.helpers import command, images, imported, refused, same
 
 MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=8, width=48, depth=2, heads=3, class_token=True)
@@ -234,6 +236,19 @@ def test_what_left_comes_back_with_the_same_features(run, tmp_path, form):
     assert torch.equal(load(back)(x), load(run)(x))
     assert torch.equal(load(tmp_path / "out", heads=3)(x), load(run)(x))
     assert load(tmp_path / "out", heads=3).network == "encoder"
+
+
+@pytest.mark.parametrize("form", ["hf", "released"])
+def test_the_share_that_is_hidden_goes_along(run, tmp_path, form):
+    less = tmp_path / "less"
+    shutil.copytree(run, less)
+    recipe = saved_recipe(run)
+    (less / "recipe.yaml").write_text(to_yaml(replace(recipe, masking=replace(recipe.masking, hidden=0.5))))
+    export(str(less), form, tmp_path / "out")
+    back = imported(tmp_path / "out", tmp_path / "back", told=Told(heads=3))
+    assert saved_recipe(back).masking.hidden == 0.5
+    if form == "hf":
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["mask_ratio"] == 0.5
 
 
 def test_an_encoder_without_decoder_leaves_as_vit_mae_model(run, tmp_path):

@@ -84,11 +84,11 @@ def write(folder: Path, encoder: Encoder) -> None:
 
 def write_mae(folder: Path, whole: Imported) -> None:
     """`AutoModelForPreTraining.from_pretrained(folder)`, or AutoModel for the encoder alone. Raises UserError."""
-    write_vit_mae(folder, whole.model, whole.mae, mae.stored(whole), whole.mean, whole.std)
+    write_vit_mae(folder, whole.model, whole.mae, mae.stored(whole), whole.mean, whole.std, whole.hidden)
 
 
 def write_vit_mae(folder: Path, config: ViTConfig, decoder: MAEConfig | None, state: State, mean: tuple[float, ...],
-                  std: tuple[float, ...]) -> None:  # fmt: skip
+                  std: tuple[float, ...], hidden: float | None = None) -> None:  # fmt: skip
     """A `ViTMAEForPreTraining`, or a `ViTMAEModel` where there is no decoder. state: as the release has it."""
     library, values = transformers(), architecture(config, state)
     check_plain(config, "Hugging Face's ViTMAE", class_token=True)
@@ -102,6 +102,7 @@ def write_vit_mae(folder: Path, config: ViTConfig, decoder: MAEConfig | None, st
             "decoder_intermediate_size": 4 * decoder.decoder_width,
             "norm_pix_loss": decoder.normalised,
         }
+    values |= {"mask_ratio": hidden} if hidden else {}
     kind, prefix = ("ViTMAEForPreTraining", "vit.") if decoder else ("ViTMAEModel", "")
     library.ViTMAEConfig(**values, architectures=[kind], **{NETWORK: "encoder"}).save_pretrained(folder)
     named = {k if k.startswith("decoder.") else prefix + k: v.contiguous() for k, v in to_theirs(state).items()}
@@ -184,7 +185,7 @@ def read_mae(config: Mapping[str, Any], processor: Mapping[str, Any], state: Sta
             f"{where} says decoder_num_hidden_layers {config['decoder_num_hidden_layers']}, and its weights have "
             f"{found.mae.decoder_depth}: is it whole?"
         )
-    return found
+    return replace(found, hidden=config.get("mask_ratio"))
 
 
 def understood(config: Mapping[str, Any], processor: Mapping[str, Any], told: Told, where: str,

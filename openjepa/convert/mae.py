@@ -7,6 +7,7 @@ as row, column, channel, where ours is channel, row, column. The encoders publis
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def read(saved: Mapping[str, Any], told: Told, where: str) -> Imported:
     )
     args = vars(saved["args"]) if "args" in saved else {}
     normalised = bool(about.get("normalised", args.get("norm_pix_loss", True)))
-    return read_state(tensors(saved["model"], where), told, where, normalised, about.get("mean"), about.get("std"))
+    found = read_state(tensors(saved["model"], where), told, where, normalised, about.get("mean"), about.get("std"))
+    return replace(found, hidden=about.get("hidden", args.get("mask_ratio")))
 
 
 def read_state(state: Mapping[str, Tensor], told: Told, where: str, normalised: bool, mean: Any = None,
@@ -127,6 +129,7 @@ def write(file: Path, whole: Imported) -> None:
         "image_size": list(whole.model.image_size),
         "mean": list(whole.mean),
         "std": list(whole.std),
+        "hidden": whole.hidden,
     }
     if whole.mae:
         about |= {"decoder_heads": whole.mae.decoder_heads, "normalised": whole.mae.normalised}

@@ -54,6 +54,7 @@ class Imported:
     head: State = field(default_factory=dict)  # of a classifier
     classes: list[str] = field(default_factory=list)
     mae: MAEConfig | None = None
+    hidden: float | None = None  # share of the patches that MAE hides, where the file knows
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ def around(imported: Imported) -> Recipe:
     data = replace(
         base.data, mean=imported.mean, std=imported.std, batch_size=imported.batch_size or base.data.batch_size
     )
+    if base.method == "mae" and isinstance(imported.hidden, float) and 0 < imported.hidden < 1:
+        base = replace(base, masking=replace(base.masking, hidden=imported.hidden))
     return replace(
         base,
         model=imported.model,
@@ -273,7 +275,8 @@ def with_decoder(source: str) -> Imported | None:
     if recipe.method != "mae":
         return None
     weights = {network: network_weights(saved, network) for network in ("encoder", "decoder")}
-    return Imported(recipe.model, weights, mae=recipe.mae, mean=recipe.data.mean, std=recipe.data.std)
+    hidden = recipe.masking.hidden
+    return Imported(recipe.model, weights, mae=recipe.mae, hidden=hidden, mean=recipe.data.mean, std=recipe.data.std)
 
 
 def of_ijepa(run: Path, what: str) -> Recipe:

@@ -26,11 +26,11 @@ def distorted(scale: tuple[float, float], blur: float = 1.0, resize: Resize = "b
 
 
 def ibot_cifar10_cpu() -> Recipe:
-    """32-pixel images such as CIFAR-10's, the encoder of ijepa_cifar10_cpu; run for six minutes of one core alone.
+    """32-pixel images such as CIFAR-10's, the encoder of ijepa_cifar10_cpu; run narrower, for half an hour of one core.
 
     openjepa pretrain --recipe ibot_cifar10_cpu --data cifar10/train.parquet --out runs/ibot
-    200,000 images, at 21 a second and core (docs/comparison.md). Crops of 16 pixels beside two of 32, no blur (a crop has few
-    pixels to lose), fewer prototypes for ten classes.
+    200,000 images, at 21 a second and core: two and a half hours of one (docs/comparison.md). Crops of 16 pixels beside two of
+    32, no blur (a crop has few pixels to lose), fewer prototypes for ten classes.
     """
     return Recipe(
         method="ibot",

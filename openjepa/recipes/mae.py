@@ -41,7 +41,7 @@ def paper(size: str, patch: int = 16) -> Recipe:
 
 
 def mae_cifar10_cpu() -> Recipe:
-    """32-pixel images such as CIFAR-10's, the encoder of ijepa_cifar10_cpu; run for six minutes of one core alone.
+    """32-pixel images such as CIFAR-10's, the encoder of ijepa_cifar10_cpu; run narrower, for half an hour of one core.
 
     openjepa pretrain --recipe mae_cifar10_cpu --data cifar10/train.parquet --out runs/mae
     800,000 crops, at 240 a second and core (docs/comparison.md, which has what it reached beside I-JEPA and iBOT).
