@@ -34,6 +34,11 @@ def swift(monkeypatch):
     monkeypatch.setattr(auto, "pace", lambda recipe, *_: 320.0)
 
 
+def asked(images, run) -> list[str]:
+    """A second of training."""
+    return ["pretrain", "--recipe", "ijepa_auto", "--data", str(images), "--out", str(run), "--budget", "1s"]
+
+
 def test_it_looks_at_the_images(folder, swift):
     recipe = auto.choose(str(folder), "60s", "cpu").recipe
     assert recipe.model.image_size == (32, 32)  # the shorter side is 40
@@ -124,17 +129,7 @@ def test_what_it_prints_is_a_recipe_with_its_reasons(folder, swift, monkeypatch,
 
 def test_a_run_of_it_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(budget, "PACE_STEPS", 4)
-    words = [
-        "pretrain",
-        "--recipe",
-        "ijepa_auto",
-        "--data",
-        str(folder),
-        "--out",
-        str(tmp_path / "run"),
-        "--budget",
-        "1s",
-    ]
+    words = asked(folder, tmp_path / "run")
     status, out, _ = command(monkeypatch, capsys, *words)
     assert status == 0
     assert "images/s here" in out
@@ -149,17 +144,7 @@ def test_a_run_of_it_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, t
 
 def test_a_stop_while_it_paints_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(auto, "pace", lambda recipe, *_: 32 * 25.0)
-    words = [
-        "pretrain",
-        "--recipe",
-        "ijepa_auto",
-        "--data",
-        str(folder),
-        "--out",
-        str(tmp_path / "run"),
-        "--budget",
-        "1s",
-    ]
+    words = asked(folder, tmp_path / "run")
     real = Run.log
 
     def log(run, step, *more, **named):

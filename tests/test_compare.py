@@ -13,7 +13,7 @@ from openjepa.engine.device import pick_precision
 from openjepa.engine.run import Interrupted
 from openjepa.errors import Diverged, UserError
 from openjepa.recipes import budget
-from openjepa.recipes.methods import crop_sizes
+from openjepa.recipes.methods import small_crop
 from openjepa.recipes.named import RECIPES
 from openjepa.recipes.recipe import all_keys
 from openjepa.see.figures import comparison_figure, mean_line
@@ -252,7 +252,7 @@ def test_all_methods_take_the_images_that_the_page_gives_them():
     """docs/comparison.md: for photographs."""
     entered = contestants(["ijepa", "mae", "ibot"], {"model.image_size": "96", "model.patch_size": "12"})
     bench.refuse_late_mistakes(entered, 5000)
-    assert [crop_sizes(each.recipe)[1] for each in entered[2:]] == [(48, 48)]
+    assert [small_crop(each.recipe) for each in entered[2:]] == [(48, 48)]
 
 
 def test_what_a_method_does_in_epochs_is_stretched_over_its_time():

@@ -19,7 +19,7 @@ MODEL = ViTConfig(size="Ti", image_size=(32, 32), patch_size=8, width=24, depth=
 
 def make(**values) -> IBOT:
     torch.manual_seed(0)
-    method = IBOT(MODEL, IBOTConfig(**{"prototypes": 20, "hidden": 16, "bottleneck": 8} | values))
+    method = IBOT(MODEL, IBOTConfig(**{"prototypes": 20, "hidden": 16, "bottleneck": 8} | values).of_run(100))
     method.train()
     return method
 

@@ -125,7 +125,7 @@ def test_another_method_begins_at_its_own_values():
     assert recipe.mae.decoder_depth == 2
     assert recipe.augment == recipe_of("ijepa").augment
     ibot = override(recipe_of("ijepa"), {"method": "ibot"})
-    assert methods.crop_sizes(ibot) == ((32, 32), (16, 16))
+    assert methods.small_crop(ibot) == (16, 16)
     painted_first = override(RECIPES["ijepa_cifar10_cpu"](), {"method": "ibot"})
     assert painted_first.before() is None  # its encoder has no class token
     assert ibot.augment.jitter == (0.4, 0.4, 0.2, 0.1)  # views that differ by their place alone would agree at once
@@ -142,7 +142,7 @@ def test_another_method_begins_at_its_own_values():
 )
 def test_what_ibot_is_not_told_follows_from_the_images_and_the_length_of_the_run(values, small, rise, frozen):
     recipe = from_dict(Recipe, {"method": "ibot", **values})
-    assert methods.crop_sizes(recipe)[1] == (small, small)
+    assert methods.small_crop(recipe) == (small, small)
     of_run = recipe.ibot.of_run(recipe.schedule.epochs)
     assert (of_run.temperature_epochs, of_run.freeze_last_layer_epochs) == (rise, frozen)
     on_the_command_line = override(RECIPES["ijepa_cifar10_alone_cpu"](), {"method": "ibot", "schedule.epochs": "1"})

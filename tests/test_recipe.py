@@ -10,7 +10,7 @@ import yaml
 
 import openjepa
 from openjepa.errors import UserError
-from openjepa.recipes.methods import crop_sizes
+from openjepa.recipes.methods import small_crop
 from openjepa.recipes.named import RECIPES
 from openjepa.recipes.recipe import Recipe, all_keys, differences, from_dict, override, to_dict, to_yaml
 
@@ -116,7 +116,7 @@ PUBLISHED = {  # as their papers and released commands have it
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_have_the_published_values(name):
     recipe = RECIPES[name]()
-    small = replace(recipe.crops, small_size=crop_sizes(recipe)[1])
+    small = replace(recipe.crops, small_size=small_crop(recipe))
     recipe = replace(recipe, ibot=recipe.ibot.of_run(recipe.schedule.epochs), crops=small)
     for key, value in PUBLISHED[name].items():
         part, _, field = key.partition(".")

@@ -40,7 +40,7 @@ def chosen(args: argparse.Namespace, processes: int = 1, device: str = "auto") -
     if args.recipe and args.config:
         raise UserError("give --recipe or --config, not both")
     if args.recipe == AUTO and processes > 1:
-        raise UserError(alone_here())
+        raise UserError(for_one_process())
     if args.recipe == AUTO and hasattr(args, "budget"):
         return automatic(args.data, args.budget, device), False
     if args.recipe:
@@ -48,7 +48,7 @@ def chosen(args: argparse.Namespace, processes: int = 1, device: str = "auto") -
     return read(Path(args.config)) if args.config else (None, False)
 
 
-def alone_here() -> str:
+def for_one_process() -> str:
     """Why it does not choose for several processes, or for a machine that a job will run on."""
     return f"{AUTO} chooses for one process here: openjepa recipes {AUTO} --data SPEC > recipe.yaml, then --config recipe.yaml"
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from openjepa.commands.options import AUTO, SPEC, alone_here, automatic, chosen, named, pairs, refuse, together
+from openjepa.commands.options import AUTO, SPEC, automatic, chosen, for_one_process, named, pairs, refuse, together
 from openjepa.engine import slurm
 from openjepa.errors import UserError
 
@@ -39,9 +39,9 @@ def training(args: argparse.Namespace, values: dict[str, str], processes: int) -
     begun = (out / "recipe.yaml").exists()
     if args.budget and args.recipe != AUTO:
         raise UserError(f"--budget is of {AUTO}: others say how long they train, --schedule.epochs")
+    recipe, of_one_process = None, False
     if args.recipe == AUTO and begun:
         print(f"{out} goes on by the recipe that it began with", flush=True)
-        recipe, of_one_process = None, False
     else:
         if args.recipe == AUTO:  # before a minute of measuring
             refuse_stranger(out)
@@ -66,7 +66,7 @@ def submit(args: argparse.Namespace, rest: list[str]) -> None:
     asked = {name: values.pop(name) for name in list(values) if name.startswith("slurm.")}
     config = from_dict(slurm.SlurmConfig, nested(asked)["slurm"], "slurm")
     if args.recipe == AUTO:
-        raise UserError(alone_here())
+        raise UserError(for_one_process())
     recipe, data, out = training(args, values, config.processes)
     check(recipe, data, out, config.processes)  # refused here, not after hours in the queue
     how = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []

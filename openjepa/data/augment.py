@@ -71,7 +71,8 @@ def augment(raw: Raw, config: AugmentConfig, size: tuple[int, int], channels: in
                 image = T.adjust_hue(image, config.jitter[3] * (2 * u[6] - 1))
         if grey:
             image = T.rgb_to_grayscale(image, 3)
-        image = torch.cat([image, alpha])
+        if len(alpha):
+            image = torch.cat([image, alpha])
         if u[2] < config.blur:
             sigma = 0.1 + 1.9 * u[7]
             reach = min(math.ceil(3 * sigma), min(size) - 1)  # beyond it nothing counts, or nothing can be mirrored
@@ -89,9 +90,8 @@ class CropsConfig:
     second_blur: float = 0.1  # of the second large crop, as augment.blur is of the first
     second_solarise: float = 0.2
     small: int = 10  # crops an image
-    small_size: tuple[int, int] | None = (
-        None  # height, width in pixels; null: 96 of 224 of the large ones, in whole patches
-    )
+    # height, width in pixels; null: 96 of 224 of the large ones, in whole patches
+    small_size: tuple[int, int] | None = None
     small_scale: tuple[float, float] = (0.05, 0.25)  # share of the image's area
     small_blur: float = 0.5
 

@@ -111,6 +111,7 @@ class IBOT(Method):
         """model: with a class token, which every recipe's is (recipes/methods.py). config: of the run, `IBOTConfig.of_run`."""
         super().__init__()
         assert model.class_token
+        assert config.temperature_epochs is not None
         self.config = config
         self.encoder = ViT(model)
         self.head = Head(model.dim, config)

@@ -38,9 +38,8 @@ def pace_of(recipe: Recipe, spec: str, per_epoch: int, steps: int) -> float:
     """Images a second in so many steps, after as many more."""
     with tempfile.TemporaryDirectory() as folder:
         plan = stretched(recipe, 2 * steps, per_epoch, steps)
-        plan = replace(
-            plan, machine=replace(plan.machine, checkpoint_every=plan.schedule.epochs)
-        )  # none while it is timed
+        machine = replace(plan.machine, checkpoint_every=plan.schedule.epochs)  # none while it is timed
+        plan = replace(plan, machine=machine)
         try:
             pretrain(plan, spec, Path(folder) / "pace", Console(quiet=True))
         except Interrupted as stop:
@@ -68,11 +67,6 @@ def stretched(recipe: Recipe, steps: int, per_epoch: int, every: int) -> Recipe:
 
 def stretched_part(part: Any, factor: float) -> Any:
     """Of a recipe's part, all values whose names end in `epochs`, times a factor."""
-    values = {
-        name: getattr(part, name) for name in getattr(part, "__dataclass_fields__", ()) if name.endswith("epochs")
-    }
-    return (
-        replace(part, **{name: factor * value for name, value in values.items() if value is not None})
-        if values
-        else part
-    )
+    names = [name for name in getattr(part, "__dataclass_fields__", ()) if name.endswith("epochs")]
+    told = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+    return replace(part, **{name: factor * value for name, value in told.items()}) if told else part

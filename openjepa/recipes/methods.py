@@ -52,21 +52,19 @@ def one_view(recipe: Recipe) -> Views:
 
 def many_views(recipe: Recipe) -> Views:
     """Two large crops of every image with hidden patches, where these are asked about, and small ones."""
-    crops, (_, small_size) = recipe.crops, crop_sizes(recipe)
+    crops = recipe.crops
     hidden = recipe.token_masking if recipe.ibot.patch_weight else replace(recipe.token_masking, masked=0.0)
     masks = partial(hide_tokens, hidden, recipe.model.grid, 2)
     return Views(
         crops.large(recipe.augment), recipe.model.image_size, recipe.model.channels, masks,
-        crops.little(recipe.augment), crops.small, small_size,
+        crops.little(recipe.augment), crops.small, small_crop(recipe),
     )  # fmt: skip
 
 
-def crop_sizes(recipe: Recipe) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of the large crops and of the small ones, which have 96 of 224 pixels, as published, unless told."""
-    rows, columns = recipe.model.grid
-    patch = recipe.model.patch_size
-    small = recipe.crops.small_size or (-(-rows * 96 // 224) * patch, -(-columns * 96 // 224) * patch)
-    return recipe.model.image_size, small
+def small_crop(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the small crops: of the large ones 96 of 224 pixels, as published, in whole patches, unless told."""
+    rows, columns = (-(-side * 96 // 224) * recipe.model.patch_size for side in recipe.model.grid)
+    return recipe.crops.small_size or (rows, columns)
 
 
 def check_ijepa(recipe: Recipe) -> None:
@@ -102,7 +100,7 @@ def check_ibot(recipe: Recipe) -> None:
     if not recipe.model.class_token:
         raise UserError("ibot compares class tokens: set model.class_token true")
     patch, small, epochs = recipe.model.patch_size, recipe.crops.small, recipe.schedule.epochs
-    (height, width), (h, w) = crop_sizes(recipe)
+    (height, width), (h, w) = recipe.model.image_size, small_crop(recipe)
     if small and (h % patch or w % patch):
         raise UserError(f"crops.small_size {h}x{w} does not divide into patches of {patch} pixels")
     if small and h * w >= height * width:
