@@ -58,7 +58,7 @@ def test_it_fills_the_time(folder, swift):
     assert epochs[0] / sum(epochs) == pytest.approx(auto.PAINTED, rel=0.01)
 
 
-def test_larger_images_learn_by_gentler_rates_and_after_their_predictor(monkeypatch, folder, swift):
+def test_larger_images_learn_by_gentler_rates(monkeypatch, folder, swift):
     small = auto.choose(str(folder), "60s", "cpu").recipe
     monkeypatch.setattr(auto, "looked_at", lambda *_: iter([(np.zeros((8, 8, 3), np.uint8), (500, 375))] * 4))
     large = auto.choose("scenes:3000", "20min", "cpu").recipe
@@ -66,9 +66,6 @@ def test_larger_images_learn_by_gentler_rates_and_after_their_predictor(monkeypa
         before = recipe.before()
         assert before is not None
         assert (before.optim.lr, recipe.optim.lr) == (rate, rate)
-    steps_per_epoch = 3000 // 32
-    assert large.predictor.alone_epochs * steps_per_epoch == pytest.approx(auto.ALONE, abs=1)
-    assert 0 < small.predictor.alone_epochs < small.schedule.epochs / 9
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.errors import UserError
@@ -50,21 +49,6 @@ def test_all_networks_begin_with_those_of_the_same_method(painted, folder, tmp_p
     method, _, said = begun(tmp_path / "run", replace(recipe_of("ijepa"), seed=7))
     assert same(method.state_dict(), weights(tmp_path / "run"))
     assert "anew" not in said
-
-
-def test_the_predictor_learns_alone_what_the_encoder_began_with(painted, folder, tmp_path):
-    recipe = recipe_of("ijepa")
-    recipe = override(
-        replace(recipe, init_from=str(painted)), {"schedule.epochs": "1", "machine.checkpoint_every": "0.5"}
-    )
-    alone = override(recipe, {"predictor.alone_epochs": "0.5"})
-    pretrain(alone, str(folder), tmp_path / "run", QUIET)
-    half, *_, whole = (load_file(kept.path / "weights.safetensors") for kept in checkpoints(tmp_path / "run"))
-    method, before, _ = begun(painted, alone)
-    rests = {name for name, value in method.state_dict().items() if torch.equal(half[name], value)}
-    assert {name for name in rests if "encoder" in name} == {name for name in half if "encoder" in name}
-    assert not any(torch.equal(half[n], before[n]) for n in half if n.startswith("predictor") and "weight" in n)
-    assert not same(whole, half | {name: value for name, value in whole.items() if name.startswith("predictor")})
 
 
 def test_a_file_is_a_beginning_as_a_run_is(painted, tmp_path):
@@ -162,15 +146,6 @@ def test_imported_weights_take_no_other_beginning_beside_them(painted, tmp_path)
     export(str(painted), "safetensors", tmp_path / "out")
     with pytest.raises(UserError, match=r"--first \{\}"):
         imported(tmp_path / "out" / "encoder.safetensors", tmp_path / "run", recipe_of("ijepa", first=FIRST))
-
-
-def test_an_imported_encoder_may_wait_for_its_new_predictor(painted, folder, tmp_path):
-    export(str(painted), "safetensors", tmp_path / "out")
-    run = imported(tmp_path / "out" / "encoder.safetensors", tmp_path / "run", recipe_of("ijepa"))
-    first = weights(run)
-    recipe = override(recipe_of("ijepa"), {"predictor.alone_epochs": "0.5", "schedule.epochs": "0.6"})
-    pretrain(recipe, str(folder), run, QUIET)
-    assert not same(weights(run), first)
 
 
 def test_random_weights_beside_it_are_those_of_the_first_run():

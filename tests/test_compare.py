@@ -76,7 +76,6 @@ def test_a_run_that_comes_first_is_paid_for_and_looked_at(monkeypatch, capsys):
     changes = {
         "schedule.epochs": "2",
         "first.schedule.epochs": "2",
-        "predictor.alone_epochs": "0.1",
     }  # so: a third, two
     word = ":".join(["ijepa_cifar10_cpu", *(f"{name}={value}" for name, value in changes.items())])
     rows = bench.compare("scenes:100", None, word, "6s", "0", "3", values)
@@ -276,7 +275,6 @@ def test_whatever_is_said_in_epochs_is_stretched():
         if before is None:  # a share of the run
             continue
         assert after == pytest.approx(2 * before), key
-    assert long.predictor.alone_epochs > 0
 
 
 @pytest.mark.parametrize(

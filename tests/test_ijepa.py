@@ -10,10 +10,10 @@ from openjepa.models.predictor import PredictorConfig
 from openjepa.models.vit import ViTConfig
 
 
-def make(image: int = 32, context: str = "each", alone: float = 0.0, **loss) -> IJEPA:
+def make(image: int = 32, context: str = "each", **loss) -> IJEPA:
     torch.manual_seed(0)
     config = ViTConfig(size="Ti", image_size=(image, image), patch_size=4, width=24, depth=2, heads=2)
-    predictor = PredictorConfig(width=16, depth=2, context=context, alone_epochs=alone)
+    predictor = PredictorConfig(width=16, depth=2, context=context)
     return IJEPA(config, predictor, LossConfig(**loss))
 
 
@@ -55,15 +55,6 @@ def test_the_target_encoder_follows_by_moving_average():
     method.after_step(0.9)
     for old, slow, fast in zip(before, method.target_encoder.parameters(), method.encoder.parameters(), strict=True):
         assert torch.allclose(slow, 0.9 * old + 0.1 * fast, atol=1e-6)
-
-
-def test_the_predictor_learns_alone_at_first():
-    method = make(alone=0.5)
-    for epoch, moves in ((0.49, False), (0.5, True)):
-        method(torch.randn(4, 3, 32, 32), masks_of())["loss"].backward()
-        method.before_update(epoch)
-        assert {p.grad is not None for p in method.encoder.parameters()} == {moves}
-        assert all(p.grad is not None for p in method.predictor.parameters())
 
 
 def test_packed_equals_even_where_all_contexts_are_as_long():

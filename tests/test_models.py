@@ -228,6 +228,18 @@ def test_initialisation_is_what_the_release_trains():
     assert abs(scaled.blocks[1].mlp.fc2.weight.std().item() - 0.01) < 1e-3
 
 
+def test_xavier_weights_are_as_large_as_their_layers_are_narrow():
+    config = ViTConfig(size="S", patch_size=4, image_size=(16, 16), depth=1, init="xavier")
+    predictor = Predictor(PredictorConfig(width=48, depth=1), config)
+    for network in (ViT(config), predictor):
+        for name, p in network.named_parameters():
+            if name.endswith("bias"):
+                assert p.abs().max() == 0
+            elif p.ndim > 1 and "token" not in name:
+                out, into = p.flatten(1).shape
+                assert p.abs().max().item() == pytest.approx((6 / (out + into)) ** 0.5, rel=0.02), name
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -84,7 +84,7 @@ class IJEPA(Method):
 
     def __init__(self, model: ViTConfig, predictor: PredictorConfig, loss: LossConfig) -> None:
         super().__init__()
-        self.loss, self.alone_epochs = loss, predictor.alone_epochs
+        self.loss = loss
         self.encoder = ViT(model)
         out = model.channels * model.patch_size**2 if loss.target == "pixels" else model.dim
         self.predictor = Predictor(predictor, model, out)
@@ -126,11 +126,6 @@ class IJEPA(Method):
         else:
             pooled = context.mean(1)
         return loss + self.loss.regulariser(self.projector(pooled))
-
-    def before_update(self, epoch: float) -> None:
-        """A predictor made anew would first undo what the encoder began with (of classifiers: Kumar et al., 2022)."""
-        if epoch < self.alone_epochs:
-            self.rest(self.encoder)
 
     def encode_context(self, images: Tensor, masks: Masks, c: int) -> tuple[Tensor, Tensor, Ragged | None]:
         """Encode the visible patches of the c-th context alone. Returns [B, K, D], or [total, D] and its layout."""

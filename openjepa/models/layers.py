@@ -372,15 +372,22 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], new: tuple[i
 # ---------------------------------------------------------------- initialisation
 
 
-def initialise(model: nn.Module, blocks: nn.ModuleList, depth_scaled: bool = False) -> None:
+Init = Literal["normal", "xavier"]
+
+
+def initialise(model: nn.Module, blocks: nn.ModuleList, init: Init = "normal", depth_scaled: bool = False) -> None:
     """Truncated normal 0.02 for every matrix, zero for every bias: what the released code really trains.
 
     It also divides the last matrix of each branch by sqrt(2 * layer), and then overwrites that;
-    `depth_scaled` keeps it.
+    `depth_scaled` keeps it. xavier: uniform by the numbers of inputs and outputs, as MAE's, which in narrow networks is several
+    times as much.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            if init == "xavier":
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+            else:
+                nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if depth_scaled:

@@ -25,15 +25,12 @@ class PredictorConfig:
     depth: int = 6
     heads: int | None = None
     context: Literal["each", "shared"] = "each"  # its tokens computed anew for each block (the paper), or once for all
-    alone_epochs: float = 0.0  # at the start, in which it learns alone what the encoder began with; not in the paper
 
     def __post_init__(self) -> None:
         if self.width < 4 or self.width % 4:
             raise UserError(f"predictor.width is {self.width}: positions need a multiple of 4")
         if self.depth < 1:
             raise UserError(f"predictor.depth is {self.depth}: it must be at least 1")
-        if self.alone_epochs < 0:
-            raise UserError(f"predictor.alone_epochs is {self.alone_epochs}: it must not be negative")
         if self.heads is not None and (self.heads < 1 or self.width % self.heads):
             raise UserError(f"predictor.width {self.width} must be divisible by predictor.heads ({self.heads})")
 
@@ -59,7 +56,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.proj = nn.Linear(config.width, out or encoder.dim)
-        initialise(self, self.blocks, encoder.depth_scaled_init)
+        initialise(self, self.blocks, encoder.init, encoder.depth_scaled_init)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, visible: Tensor, targets: Tensor, ragged: Ragged | None = None) -> Tensor:

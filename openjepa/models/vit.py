@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from openjepa.errors import UserError, nearest
 from openjepa.models.layers import (
     Block,
+    Init,
     PatchEmbed,
     Ragged,
     initialise,
@@ -51,6 +52,7 @@ class ViTConfig:
     drop_path: float = 0.0  # rate at the last block, rising linearly from 0
     layer_scale: float | None = None  # initial value, or none
     qk_norm: bool = False
+    init: Init = "normal"  # of encoder and predictor: truncated 0.02, or uniform by Xavier, as MAE's always are
     depth_scaled_init: bool = False
 
     def __post_init__(self) -> None:
@@ -127,7 +129,7 @@ class ViT(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        initialise(self, self.blocks, config.depth_scaled_init)
+        initialise(self, self.blocks, config.init, config.depth_scaled_init)
         if self.prefix_tokens is not None:
             nn.init.normal_(self.prefix_tokens, std=0.02)
 

@@ -35,7 +35,6 @@ FEW_STEPS = 1000  # of I-JEPA, below which little is learned
 SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
 SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones, which lose by 1e-3 what they learned
-ALONE = 200  # steps in which the new predictor learns, and the painted encoder not yet
 LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
 LOOK_COST = 0.12  # images of a look, as a share of those trained on since the last: about a twentieth of the time
 
@@ -80,7 +79,7 @@ def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
         masking=HIDDEN if side // PATCHES[side] <= SMALL else MaskingConfig(),
     )
     per_epoch = steps_per_epoch(len(source), batch)
-    begun = on_device(plan(painted=1, epochs=1, alone=0, ema=momenta(per_epoch)), device)
+    begun = on_device(plan(painted=1, epochs=1, ema=momenta(per_epoch)), device)
     before = begun.before()
     assert before is not None
     print("measuring how fast this machine trains", file=sys.stderr, flush=True)
@@ -90,7 +89,6 @@ def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
     recipe = plan(
         painted=digits(painted / per_epoch),
         epochs=digits(steps / per_epoch),
-        alone=digits(min(ALONE, steps // 10) / per_epoch),
         ema=momenta(steps),
     )
     first = {**recipe.first, **watched(painted, PAINTING_LOOKS, recipe.first["schedule"]["epochs"], batch, shares[0])}
@@ -122,7 +120,7 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
     """Why a recipe has its values. painted, steps: of its stages; paces: their images a second."""
     model, predictor, batch, (first, last) = recipe.model, recipe.predictor, recipe.data.batch_size, recipe.schedule.ema
     (side, _), (rows, columns), cpu = model.image_size, model.grid, known.kind == "cpu"
-    a, small, alone = "a CPU" if cpu else "a GPU", rows <= SMALL, min(ALONE, steps // 10)
+    a, small = "a CPU" if cpu else "a GPU", rows <= SMALL
     return [
         (f"images of {side}x{side} pixels", f"the shorter side's median is {known.short}; on {a} at most {SIDES[known.kind][-1]}"
          + ("; smaller ones are enlarged" if known.short < side else "")),
@@ -139,8 +137,7 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
         (f"then {steps:,} steps, {recipe.schedule.epochs:,.1f} epochs of {known.images:,} images",
          f"the rest at {paces[1]:,.0f} images/s here"
          + ("" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time")),
-        *([(f"the predictor alone for {alone} of them", "it begins from chance, and would undo what was learned")]
-          if alone else []),
+        ("a predictor that begins with Xavier's weights", "from smaller ones it would undo what the encoder has learned"),
         (f"a learning rate of {recipe.optim.lr:g}",
          "images of 32 pixels like it high, and photographs do not" if cpu else "as on a CPU; no other was tried"),
         ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")

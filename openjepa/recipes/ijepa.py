@@ -57,7 +57,7 @@ def ijepa_cifar10_cpu() -> Recipe:
     """
     return Recipe(
         first=PAINTING,
-        model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6),
+        model=ViTConfig(size="Ti", image_size=(32, 32), patch_size=4, depth=6, init="xavier"),
         predictor=PredictorConfig(width=96, depth=3),
         masking=HIDDEN,
         data=DataConfig(batch_size=32),
@@ -96,16 +96,18 @@ TINY_IMAGENET = (0.484, 0.444, 0.396), (0.283, 0.274, 0.284)
 
 
 def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patch: int, painted: float, epochs: float,
-                   alone: float, ema: tuple[float, float], colours: tuple[tuple[float, ...], tuple[float, ...]],
+                   ema: tuple[float, float], colours: tuple[tuple[float, ...], tuple[float, ...]],
                    rate: float = 5e-4, batch: int = 32, masking: MaskingConfig = HIDDEN) -> Recipe:  # fmt: skip
-    """What `ijepa_auto` chooses from, and the recipes of small sets. painted, epochs, alone: epochs of painting, of I-JEPA, and of
-    those with the encoder at rest. Why so: docs/small-data.md.
+    """What `ijepa_auto` chooses from, and the recipes of small sets: epochs of I-JEPA after some of painting.
+
+    Its predictor begins with Xavier's weights: from smaller ones it would undo what the encoder has learned. Why so:
+    docs/small-data.md.
     """
     model, predictor = networks
     return Recipe(
         first=painting(predictor, rate, painted),
-        model=replace(model, image_size=(image, image), patch_size=patch),
-        predictor=replace(predictor, alone_epochs=alone),
+        model=replace(model, image_size=(image, image), patch_size=patch, init="xavier"),
+        predictor=predictor,
         masking=masking,
         data=DataConfig(batch_size=batch, mean=colours[0], std=colours[1]),
         optim=OptimConfig(lr=rate, start_lr=rate / 10, final_weight_decay=0.04, betas=(0.9, 0.95)),
@@ -120,28 +122,28 @@ def ijepa_imagenette_cpu() -> Recipe:
     openjepa pretrain --recipe ijepa_imagenette_cpu --data imagenette/train --out runs/imagenette
     Measured, at that smaller size: docs/small-data.md, "`ijepa_auto` on 5,000 photographs".
     """
-    return after_painting(CPU, 96, 12, 18, 54, 0.68, (0.9977, 0.9996), IMAGENETTE)
+    return after_painting(CPU, 96, 12, 18, 54, (0.9977, 0.9996), IMAGENETTE)
 
 
 def ijepa_tiny_imagenet_cpu() -> Recipe:
     """64-pixel photographs, Tiny-ImageNet's 100,000, about 40 minutes on 2 cores; not run yet."""
-    return after_painting(CPU, 64, 8, 1.7, 5, 0.064, (0.9977, 0.9996), TINY_IMAGENET)
+    return after_painting(CPU, 64, 8, 1.7, 5, (0.9977, 0.9996), TINY_IMAGENET)
 
 
 def ijepa_cifar10() -> Recipe:
     """ViT-S/4 on 32-pixel images such as CIFAR-10's, 30 epochs of painting and 100 of I-JEPA, one GPU; not run yet."""
     colours = DataConfig().mean, DataConfig().std
-    return after_painting(GPU, 32, 4, 30, 100, 0.51, (0.9991, 0.9998), colours, rate=8e-4, batch=128)
+    return after_painting(GPU, 32, 4, 30, 100, (0.9991, 0.9998), colours, rate=8e-4, batch=128)
 
 
 def ijepa_tiny_imagenet() -> Recipe:
     """ViT-S/8 on Tiny-ImageNet's 100,000 images of 64 pixels, 15 epochs of painting and 50 of I-JEPA, one GPU; not run yet."""
-    return after_painting(GPU, 64, 8, 15, 50, 0.26, (0.9991, 0.9998), TINY_IMAGENET, batch=128)
+    return after_painting(GPU, 64, 8, 15, 50, (0.9991, 0.9998), TINY_IMAGENET, batch=128)
 
 
 def ijepa_imagenette() -> Recipe:
     """ViT-S/16 at 160 px on Imagenette's 9,469 images, 40 epochs of painting and 160 of I-JEPA, one GPU; not run yet."""
-    return after_painting(GPU, 160, 16, 40, 160, 1.36, (0.9984, 0.9997), IMAGENETTE, batch=64, masking=MaskingConfig())
+    return after_painting(GPU, 160, 16, 40, 160, (0.9984, 0.9997), IMAGENETTE, batch=64, masking=MaskingConfig())
 
 
 def paper(size: str, predictor_depth: int, epochs: float, warmup: float, start_lr: float, image: int = 224,

@@ -70,11 +70,6 @@ def small_crop(recipe: Recipe) -> tuple[int, int]:
 def check_ijepa(recipe: Recipe) -> None:
     if recipe.loss.regularised and recipe.data.batch_size < 2 * recipe.optim.accumulate:
         raise UserError("loss.variance and loss.covariance need parts of 2 images or more: lower optim.accumulate")
-    if (alone := recipe.predictor.alone_epochs) and alone >= recipe.schedule.epochs:
-        raise UserError(
-            f"predictor.alone_epochs ({alone:g}) must be shorter than the run ({recipe.schedule.epochs:g} epochs): no encoder "
-            "would learn"
-        )
     if recipe.masking.context == "packed":
         if recipe.model.class_token or recipe.model.registers:
             raise UserError("masking.context 'packed' does not go with model.class_token or registers: use 'even'")

@@ -212,8 +212,7 @@ def fitting(out: Path, recipe: Recipe, data: str, source: Source) -> dict[str, A
     if (out / "recipe.yaml").exists():
         begun = saved_recipe(out)
         if not (out / "data.json").exists():  # imported, no step taken yet: its networks alone are given
-            predictor = replace(begun.predictor, alone_epochs=recipe.predictor.alone_epochs)
-            begun = replace(recipe, model=begun.model, predictor=predictor)
+            begun = replace(recipe, model=begun.model, predictor=begun.predictor)
         elif begun.precision == "auto":  # and stopped before it was settled
             begun = replace(begun, precision=recipe.precision)
         if changed := differences(begun, recipe):

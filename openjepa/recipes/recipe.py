@@ -294,7 +294,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return {k: v for n, item in value.items() for k, v in flat(item, f"{path}.{n}" if path else n).items()}
 
 
-NO_WEIGHTS = ("size", "drop_path", "depth_scaled_init")  # values of an encoder that no weight tells
+NO_WEIGHTS = ("size", "drop_path", "init", "depth_scaled_init")  # values of an encoder that no weight tells
 
 
 def differing_encoders(old: ViTConfig, new: ViTConfig) -> list[str]:
