@@ -66,6 +66,7 @@ def test_larger_images_learn_by_gentler_rates(monkeypatch, folder, swift):
         before = recipe.before()
         assert before is not None
         assert (before.optim.lr, recipe.optim.lr) == (rate, rate)
+        assert recipe.model.init == "xavier"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from openjepa.errors import Diverged, UserError
 from openjepa.recipes import budget
 from openjepa.recipes.methods import small_crop
 from openjepa.recipes.named import RECIPES
-from openjepa.recipes.recipe import all_keys
+from openjepa.recipes.recipe import all_keys, override
 from openjepa.see.figures import comparison_figure, mean_line
 from tests.helpers import command, refused
 
@@ -25,7 +25,7 @@ SMALL = [
 
 
 def test_three_methods_are_compared_on_scenes(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(budget, "PACE_STEPS", 4)
+    monkeypatch.setattr(bench, "pace", lambda *_: 320.0)
     monkeypatch.setattr(bench, "PROBE", replace(bench.PROBE, lrs=(0.1,), epochs=2, min_steps=10))
     file, picture = tmp_path / "here.json", tmp_path / "compared.png"
     words = [
@@ -266,9 +266,11 @@ def test_what_a_method_does_in_epochs_is_stretched_over_its_time():
         assert at == pytest.approx([0.04, 0.055, 0.07, 0.07])  # risen after a quarter of the run, however long it is
 
 
-def test_whatever_is_said_in_epochs_is_stretched():
-    recipe = RECIPES["ijepa_imagenette_cpu"]()
-    long = bench.stretched(recipe, 1080, 10, 20)  # twice its 54 epochs
+@pytest.mark.parametrize("name", ["ijepa_imagenette_cpu", "ibot_cifar10_cpu"])
+def test_whatever_is_said_in_epochs_is_stretched(name):
+    told = {"ibot.freeze_last_layer_epochs": "0.5", "ibot.temperature_epochs": "1"} if name.startswith("ibot") else {}
+    recipe = override(RECIPES[name](), told)
+    long = bench.stretched(recipe, round(20 * recipe.schedule.epochs), 10, 20)  # twice as long
     for key in (key for key in all_keys() if key.endswith("epochs")):
         part, _, name = key.partition(".")
         before, after = (getattr(getattr(r, part), name) for r in (recipe, long))

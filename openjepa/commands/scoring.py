@@ -122,7 +122,7 @@ def add(commands: Any) -> None:
         "--recipe", default="small", metavar="NAME", help="small (the default, for CPUs), or a recipe of finetune"
     )
     p.add_argument(
-        "--min-steps", type=int, default=200, metavar="N", help="of fine-tuning at least, and twice from scratch: 200"
+        "--min-steps", type=int, default=1000, metavar="N", help="of fine-tuning at least, and twice from scratch: 1000"
     )
     p.add_argument(
         "--scratch-steps",

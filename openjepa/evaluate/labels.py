@@ -56,7 +56,7 @@ class LabelsConfig:
     finetune: FinetuneConfig
     scratch: FinetuneConfig
     linear: LinearConfig
-    min_steps: int = 200
+    min_steps: int = 1000
     scratch_steps: int = 0
     rates: tuple[float, ...] = (1.0,)
     validation: float = 0.2  # share of the labels that chooses among rates

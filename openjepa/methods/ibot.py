@@ -180,7 +180,8 @@ class IBOT(Method):
 
     def before_update(self, epoch: float) -> None:
         if epoch < (self.config.freeze_last_layer_epochs or 0):
-            self.rest(self.head.last)
+            for parameter in self.head.last.parameters():
+                parameter.grad = None  # so that neither it nor weight decay moves them
 
     @torch.no_grad()
     def after_step(self, momentum: float, learned: float | Tensor = 1.0, means: Tensor | None = None) -> None:

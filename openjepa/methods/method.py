@@ -75,12 +75,6 @@ class Method(nn.Module):
     def before_update(self, epoch: float) -> None:
         """When all gradients are there."""
 
-    @staticmethod
-    def rest(network: nn.Module) -> None:
-        """For before_update: a network that does not move in this step, neither by its gradient nor by weight decay."""
-        for parameter in network.parameters():
-            parameter.grad = None
-
     @torch.no_grad()
     def after_step(self, momentum: float, learned: float | Tensor = 1.0, means: Tensor | None = None) -> None:
         """What follows moves. learned: 0 after a step that changed nothing."""

@@ -376,11 +376,11 @@ Init = Literal["normal", "xavier"]
 
 
 def initialise(model: nn.Module, blocks: nn.ModuleList, init: Init = "normal", depth_scaled: bool = False) -> None:
-    """Truncated normal 0.02 for every matrix, zero for every bias: what the released code really trains.
+    """Every matrix anew, and zero for every bias.
 
-    It also divides the last matrix of each branch by sqrt(2 * layer), and then overwrites that;
-    `depth_scaled` keeps it. xavier: uniform by the numbers of inputs and outputs, as MAE's, which in narrow networks is several
-    times as much.
+    normal: truncated, deviation 0.02, what the released code really trains. xavier: uniform by the numbers of inputs and outputs,
+    as MAE's; in narrow networks several times as large (docs/small-data.md). depth_scaled: the last matrix of each branch is
+    divided by sqrt(2 * layer), which the released code does, too, and then overwrites.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

@@ -52,7 +52,7 @@ class ViTConfig:
     drop_path: float = 0.0  # rate at the last block, rising linearly from 0
     layer_scale: float | None = None  # initial value, or none
     qk_norm: bool = False
-    init: Init = "normal"  # of encoder and predictor: truncated 0.02, or uniform by Xavier, as MAE's always are
+    init: Init = "normal"  # of encoder and predictor: truncated at 0.02, or Xavier's, which MAE's always are
     depth_scaled_init: bool = False
 
     def __post_init__(self) -> None:

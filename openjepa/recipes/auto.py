@@ -137,7 +137,7 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
         (f"then {steps:,} steps, {recipe.schedule.epochs:,.1f} epochs of {known.images:,} images",
          f"the rest at {paces[1]:,.0f} images/s here"
          + ("" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time")),
-        ("a predictor that begins with Xavier's weights", "from smaller ones it would undo what the encoder has learned"),
+        ("a predictor that begins with Xavier's weights", "smaller ones would hold back what the encoder has learned"),
         (f"a learning rate of {recipe.optim.lr:g}",
          "images of 32 pixels like it high, and photographs do not" if cpu else "as on a CPU; no other was tried"),
         ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")

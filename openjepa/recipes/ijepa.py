@@ -100,7 +100,7 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
                    rate: float = 5e-4, batch: int = 32, masking: MaskingConfig = HIDDEN) -> Recipe:  # fmt: skip
     """What `ijepa_auto` chooses from, and the recipes of small sets: epochs of I-JEPA after some of painting.
 
-    Its predictor begins with Xavier's weights: from smaller ones it would undo what the encoder has learned. Why so:
+    Its predictor begins with Xavier's weights: from smaller ones it holds back what the encoder has learned. Why so:
     docs/small-data.md.
     """
     model, predictor = networks
@@ -117,10 +117,10 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
 
 
 def ijepa_imagenette_cpu() -> Recipe:
-    """96-pixel photographs, Imagenette's 9,469, about 40 minutes on 2 cores; run on 5,000 of them for half as long.
+    """96-pixel photographs, Imagenette's 9,469, about 40 minutes on 2 cores; run for 22 minutes of one.
 
     openjepa pretrain --recipe ijepa_imagenette_cpu --data imagenette/train --out runs/imagenette
-    Measured, at that smaller size: docs/small-data.md, "`ijepa_auto` on 5,000 photographs".
+    Measured, for that time, beside MAE: docs/small-data.md, "What it gives".
     """
     return after_painting(CPU, 96, 12, 18, 54, (0.9977, 0.9996), IMAGENETTE)
 
