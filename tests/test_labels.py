@@ -129,8 +129,8 @@ def test_from_scratch_has_random_weights_no_layer_decay_and_at_least_as_many_ste
         assert tuned.layer_decay < 1.0
         assert scratch.epochs >= 2 * tuned.epochs
         assert tuned.epochs >= before.config.min_steps  # all labels fit in one batch here
-    longer = replace(before, config=replace(before.config, scratch_steps=900))
-    assert longer.planned(SCRATCH, 8).epochs == longer.planned(SCRATCH, 40).epochs == 900  # of one batch each
+    longer = replace(before, config=replace(before.config, scratch_steps=2900))
+    assert longer.planned(SCRATCH, 8).epochs == longer.planned(SCRATCH, 40).epochs == 2900  # of one batch each
     assert longer.planned(FINETUNED, 8) == before.planned(FINETUNED, 8)
     assert before.pretrained.extractor.identity["weights"] != before.random.extractor.identity["weights"]
     assert before.pretrained.extractor.identity["model"] == before.random.extractor.identity["model"]
