@@ -36,6 +36,9 @@ SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
 SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones, which lose by 1e-3 what they learned
 LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
+LOOK_LEAST = (
+    500  # images of a look, a fifth of them queries, below which its accuracy is chance; rather fewer looks than that
+)
 LOOK_COST = 0.12  # images of a look, as a share of those trained on since the last: about a twentieth of the time
 
 
@@ -102,13 +105,14 @@ def on_device(recipe: Recipe, device: str) -> Recipe:
 
 
 def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Looks and checkpoints as shares of a run, whatever an epoch is: a look takes a small part of the time, and a checkpoint is
-    never more than ten minutes old."""
-    images = round(LOOK_COST * steps / looks * batch)
+    """So many looks at most, and checkpoints, as shares of a run, whatever an epoch is: a look takes a small part of the time,
+    and a checkpoint is never more than ten minutes old."""
+    images = round(LOOK_COST * steps * batch)  # of all looks
+    looks = max(1, min(looks, images // LOOK_LEAST))
     monitors = {
         "log_every": max(1, steps // (5 * looks)),
         "knn_every": digits(epochs / looks),
-        "knn_images": min(MonitorsConfig().knn_images, max(10, images)),
+        "knn_images": min(MonitorsConfig().knn_images, max(10, images // looks)),
     }
     return {
         "monitors": monitors,
