@@ -98,8 +98,8 @@ def test_looks_take_a_small_part_and_checkpoints_come_every_ten_minutes(swift):
     recipe = auto.choose("scenes:4000", "5h", "cpu").recipe
     seconds = 0.8 * 5 * 3600
     assert recipe.schedule.epochs / recipe.machine.checkpoint_every == pytest.approx(seconds / 600)
-    for budget, seconds in (("60s", 60), ("5min", 300)):  # a look of few images would tell nothing: rather fewer
-        short = auto.choose("scenes:4000", budget, "cpu").recipe
+    for time, seconds in (("60s", 60), ("5min", 300)):  # a look of few images would tell nothing: rather fewer
+        short = auto.choose("scenes:4000", time, "cpu").recipe
         looks = short.schedule.epochs / short.monitors.knn_every
         assert looks <= auto.LOOKS
         assert short.monitors.knn_images >= auto.LOOK_LEAST
