@@ -117,10 +117,10 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
 
 
 def ijepa_imagenette_cpu() -> Recipe:
-    """96-pixel photographs, Imagenette's 9,469, about 40 minutes on 2 cores; run for 22 minutes of one.
+    """96-pixel photographs, Imagenette's 9,469, about 50 minutes of one core.
 
     openjepa pretrain --recipe ijepa_imagenette_cpu --data imagenette/train --out runs/imagenette
-    Measured, for that time, beside MAE: docs/small-data.md, "What it gives".
+    Measured, and beside MAE: docs/small-data.md, "What it gives".
     """
     return after_painting(CPU, 96, 12, 18, 54, (0.9977, 0.9996), IMAGENETTE)
 
