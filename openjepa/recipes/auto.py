@@ -34,7 +34,7 @@ BATCH = {"cpu": 32, "cuda": 128}
 FEW_STEPS = 1000  # of I-JEPA, below which little is learned
 SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
-SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones, which lose by 1e-3 what they learned
+SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones: photographs learned less at 1e-3
 LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
 LOOK_LEAST = (
     500  # images of a look, a fifth of them queries, below which its accuracy is chance; rather fewer looks than that
@@ -129,7 +129,7 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
         (f"images of {side}x{side} pixels", f"the shorter side's median is {known.short}; on {a} at most {SIDES[known.kind][-1]}"
          + ("; smaller ones are enlarged" if known.short < side else "")),
         (f"patches of {model.patch_size} pixels, a grid of {rows}x{columns}",
-         "masks need 8 a side, and more cost time" if small else "what a GPU has the time for"),
+         "the only grid that was tried on a CPU" if small else "what a GPU has the time for"),
         (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
          f"what {a} trains long enough in minutes"),
         (f"normalised by mean {recipe.data.mean} and deviation {recipe.data.std}", f"measured on {known.looked} images"),
@@ -143,7 +143,7 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
          + ("" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time")),
         ("a predictor that begins with Xavier's weights", "smaller ones would hold back what the encoder has learned"),
         (f"a learning rate of {recipe.optim.lr:g}",
-         "images of 32 pixels like it high, and photographs do not" if cpu else "as on a CPU; no other was tried"),
+         "CIFAR-10 liked it high, and photographs did not" if cpu else "as on a CPU; no other was tried"),
         ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
         if small else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
         (f"EMA from {first} to {last}",

@@ -38,7 +38,7 @@ def ijepa_scenes() -> Recipe:
 
 PAINTING: dict[
     str, Any
-] = {  # a short run of MAE, whose encoder is what small images are best begun with: docs/small-data.md
+] = {  # a short run of MAE, whose encoder is the best beginning that was found on small sets: docs/small-data.md
     "method": "mae",
     "model": {"class_token": False},
     "mae": {"decoder_width": 96, "decoder_depth": 3, "decoder_heads": 3},
@@ -46,11 +46,13 @@ PAINTING: dict[
     "optim": {"lr": 1e-3, "start_lr": 0.0, "final_lr": 0.0, "weight_decay": 0.05, "final_weight_decay": 0.05},
     "schedule": {"epochs": 2, "warmup_epochs": 0.12},
 }
-HIDDEN = MaskingConfig(strategy="random", hidden=0.75)  # which a grid of 8x8 learns sooner from than from blocks
+HIDDEN = MaskingConfig(
+    strategy="random", hidden=0.75
+)  # which on a grid of 8x8, after painting, teaches sooner than blocks
 
 
 def ijepa_cifar10_cpu() -> Recipe:
-    """32-pixel images such as CIFAR-10's, about 25 minutes on 2 cores: two epochs of painting, then six of I-JEPA.
+    """32-pixel images such as CIFAR-10's, about half an hour on 2 cores: two epochs of painting, then six of I-JEPA.
 
     openjepa pretrain --recipe ijepa_cifar10_cpu --data cifar10/train.parquet --out runs/cifar10
     Measured: README, "Results"; why so: docs/small-data.md.
@@ -100,7 +102,8 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
                    rate: float = 5e-4, batch: int = 32, masking: MaskingConfig = HIDDEN) -> Recipe:  # fmt: skip
     """What `ijepa_auto` chooses from, and the recipes of small sets: epochs of I-JEPA after some of painting.
 
-    Its predictor begins with Xavier's weights: from smaller ones it holds back what the encoder has learned. Why so:
+    Its predictor begins with Xavier's weights: from smaller ones it holds back, for some thousand steps, what the
+    encoder has learned. Why so:
     docs/small-data.md.
     """
     model, predictor = networks

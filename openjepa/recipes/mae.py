@@ -53,9 +53,9 @@ def mae_cifar10_cpu() -> Recipe:
 
 
 def mae_imagenette_cpu() -> Recipe:
-    """96-pixel photographs, the painting of ijepa_imagenette_cpu for about as long as all of it; run for 33 minutes of one core.
+    """96-pixel photographs, the painting of ijepa_imagenette_cpu for about as long as all of it; run for half an hour of one core.
 
-    Beside it: openjepa bench compare --methods ijepa_imagenette_cpu,mae_imagenette_cpu --data imagenette/train --budget 1h
+    Beside it, measured: docs/small-data.md, "What it gives".
     """
     painting = ijepa_imagenette_cpu().before()
     assert painting is not None
