@@ -147,7 +147,8 @@ def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Seque
         ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
         if small else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
         (f"EMA from {first} to {last}",
-         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: few can collapse".format(*windows(steps))),
+         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: ".format(*windows(steps))
+         + "over few it can collapse"),
     ]  # fmt: skip
 
 

@@ -36,9 +36,8 @@ def ijepa_scenes() -> Recipe:
     )
 
 
-PAINTING: dict[
-    str, Any
-] = {  # a short run of MAE, whose encoder is the best beginning that was found on small sets: docs/small-data.md
+# A short run of MAE, whose encoder is the best beginning that was found on small sets: docs/small-data.md.
+PAINTING: dict[str, Any] = {
     "method": "mae",
     "model": {"class_token": False},
     "mae": {"decoder_width": 96, "decoder_depth": 3, "decoder_heads": 3},
@@ -46,9 +45,7 @@ PAINTING: dict[
     "optim": {"lr": 1e-3, "start_lr": 0.0, "final_lr": 0.0, "weight_decay": 0.05, "final_weight_decay": 0.05},
     "schedule": {"epochs": 2, "warmup_epochs": 0.12},
 }
-HIDDEN = MaskingConfig(
-    strategy="random", hidden=0.75
-)  # which on a grid of 8x8, after painting, teaches sooner than blocks
+HIDDEN = MaskingConfig(strategy="random", hidden=0.75)  # after painting, on a grid of 8x8, sooner than blocks
 
 
 def ijepa_cifar10_cpu() -> Recipe:
@@ -103,8 +100,7 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
     """What `ijepa_auto` chooses from, and the recipes of small sets: epochs of I-JEPA after some of painting.
 
     Its predictor begins with Xavier's weights: from smaller ones it holds back, for some thousand steps, what the
-    encoder has learned. Why so:
-    docs/small-data.md.
+    encoder has learned. Why so: docs/small-data.md.
     """
     model, predictor = networks
     return Recipe(
@@ -122,7 +118,7 @@ def after_painting(networks: tuple[ViTConfig, PredictorConfig], image: int, patc
 def ijepa_imagenette_cpu() -> Recipe:
     """96-pixel photographs, Imagenette's 9,469, about 50 minutes of one core.
 
-    openjepa pretrain --recipe ijepa_imagenette_cpu --data imagenette/train --out runs/imagenette
+    openjepa pretrain --recipe ijepa_imagenette_cpu --data imagenette160/train.parquet --out runs/imagenette
     Measured, and beside MAE: docs/small-data.md, "What it gives".
     """
     return after_painting(CPU, 96, 12, 18, 54, (0.9977, 0.9996), IMAGENETTE)
