@@ -308,18 +308,19 @@ def test_attentive_probe_learns_and_its_equal_weights_begin_as_the_mean(run, fol
     assert torch.allclose(head(same), head(same[:, :1]), atol=1e-6)  # weights sum to one
 
 
-def test_quality_needs_no_labels(run, folder):
+def test_quality_needs_neither_labels_nor_a_test_set(run, folder, capsys):
     flat = run.parent / "flat"
     flat.mkdir()
     for file in folder.rglob("*.png"):
         shutil.copy(file, flat / f"{file.parent.name}{file.name}")
     assert not open_source(str(flat)).labels
-    found = asked(run, {"quality.lidar_images": "20", "quality.lidar_views": "3"}, train=str(flat), test=str(flat),
-                  protocols=["quality"])["results"]  # fmt: skip
+    few = {"quality.lidar_images": "20", "quality.lidar_views": "3"}
+    found = asked(run, few, train=str(flat), protocols=["quality"])["results"]
     assert {(r["metric"], r["of"]) for r in found} == {
         (metric, of) for metric in ("RankMe", "alpha-ReQ", "LiDAR") for of in ("pretrained", "random weights")
     }
     assert all(1 <= r["value"] <= 24 for r in found if r["metric"] == "RankMe")
+    assert "are in the training set" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

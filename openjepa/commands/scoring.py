@@ -65,7 +65,9 @@ def add(commands: Any) -> None:
         epilog="Any value of a protocol: --linear.epochs 100, --knn.ks 10,20 (docs/evaluation.md lists them)",
     )
     p.add_argument("source", metavar="RUN", help="or anything that was exported or can be imported")
-    p.add_argument("--train", metavar="SPEC", help="labelled images that probes learn from")
+    p.add_argument(
+        "--train", metavar="SPEC", help="labelled images that probes learn from; any images for quality alone"
+    )
     p.add_argument("--test", metavar="SPEC", help="labelled images that they are scored on")
     p.add_argument(
         "--sets", metavar="NAMES", help="instead: data sets by name, such as cifar100,food101 (docs/evaluation.md)"

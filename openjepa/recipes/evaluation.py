@@ -129,8 +129,10 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
 
 def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
     """What is to be asked, and what of a suite cannot be, with the reason. Raises UserError."""
-    given = bool(question.train or question.test)
-    if given and not (question.train and question.test):
+    given, train, test = bool(question.train or question.test), question.train, question.test
+    if set(question.protocols or ()) == {"quality"}:
+        test = test or train  # which asks nothing of it
+    if given and not (train and test):
         raise UserError("give both sets: --train SPEC and --test SPEC")
     if question.suite and question.suite not in SUITES:
         raise UserError(
@@ -144,7 +146,7 @@ def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
         raise UserError("evaluate on what? --train SPEC --test SPEC, or --sets NAMES, or --suite NAME")
     if question.root and not question.root.is_dir():
         raise UserError(f"--root {question.root}: no such folder")
-    own = Found("the sets given", question.train or "", question.test or "", 1.0)
+    own = Found("the sets given", train or "", test or "", 1.0)
     if not question.suite:
         found = [own] if given else [find(name, question.root) for name in question.sets]
         return [Part(data, question.protocols or ("knn", "linear"), question.tasks) for data in found], {}
