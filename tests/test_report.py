@@ -13,6 +13,7 @@ from PIL import Image
 
 from openjepa.recipes import faithfulness
 from openjepa.recipes.report import report
+from openjepa.see.figures import curves_figure
 from openjepa.see.report import LARGE, Section, encoded, facts, html_table, write_report
 from tests.helpers import refused
 
@@ -60,6 +61,18 @@ def test_a_report_asks_nothing_of_anyone_and_every_picture_says_what_it_is(run):
     assert all(len(attributes["alt"]) > 20 for attributes in pictures)
     assert "(prefers-color-scheme: dark)" in page.text
     assert "@media print" in page.text
+
+
+def test_curves_begin_with_the_run_that_came_first(run):
+    assert "came first" not in Page(report(run)).section("How training went")
+    (run / "first").mkdir()
+    shutil.copy(run / "metrics.jsonl", run / "first")
+    assert "Grey, up to step 0: the run that came first" in Page(report(run)).section("How training went")
+    before = [{"step": 2, "loss": 9.0, "feature_rank": 3.0}, {"step": 6, "loss": 8.0, "feature_rank": 4.0}]
+    after = [{"step": 1, "loss": 0.2, "feature_rank": 5.0}, {"step": 3, "loss": 0.1, "feature_rank": 6.0}]
+    loss, rank = curves_figure(after, before).axes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 3]]  # theirs is another loss
+    assert [list(line.get_xdata()) for line in rank.lines] == [[-4, 0], [1, 3]]
 
 
 def test_it_says_what_was_run_on_what_and_where(run):

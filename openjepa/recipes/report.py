@@ -25,7 +25,7 @@ from openjepa.models.encoder import Encoder
 from openjepa.recipes import decoding, faithfulness, samples
 from openjepa.recipes.exchange import Trained, load_run, refuse_decoder
 from openjepa.recipes.methods import METHODS
-from openjepa.recipes.pretrain import own_images, random_encoder, saved_data, saved_recipe
+from openjepa.recipes.pretrain import FIRST, own_images, random_encoder, saved_data, saved_recipe
 from openjepa.recipes.recipe import Recipe, to_yaml
 from openjepa.recipes.surprise import judge_of, surprise_of, view_of, without_predictor
 from openjepa.rng import permutation
@@ -56,7 +56,7 @@ def report(run: Path, decoder: Path | None = None) -> Path:
             module.to(pick_device("auto"))
     source, gone = attempted(lambda: own_images(run, recipe.model.image_size))
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed) if source else None
-    metrics = read_metrics(run)
+    metrics, before = read_metrics(run), read_metrics(run / FIRST)
 
     def needing(title: str, make: Callable[[Trained, Source, Tensor], list[Section]]) -> list[Section]:
         """Sections for which weights and images are needed."""
@@ -64,9 +64,9 @@ def report(run: Path, decoder: Path | None = None) -> Path:
             return missing(title, refusal or gone)
         return made(title, lambda: make(trained, source, images))
 
-    sections = [what_was_run(run, recipe, data, metrics, trained)]
+    sections = [what_was_run(run, recipe, data, metrics, before, trained)]
     sections += made("What it is worth", lambda: all_worth(run))
-    sections += curves(metrics)
+    sections += curves(metrics, before)
     sections += missing("What it had to predict", gone) if images is None else [masks(recipe, images)]
     sections += needing("What a decoder paints", lambda t, s, i: painted(run, decoder, t, i))
     sections += needing("What surprises it", surprising)
@@ -107,12 +107,14 @@ NAMES = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT"}
 
 
 def what_was_run(run: Path, recipe: Recipe, data: dict[str, Any], metrics: Sequence[dict[str, Any]],
-                 trained: Trained | None) -> Section:  # fmt: skip
-    """Recipe, images, steps, time and machine in a few words."""
+                 earlier: Sequence[dict[str, Any]], trained: Trained | None) -> Section:  # fmt: skip
+    """Recipe, images, steps, time and machine in a few words. earlier: what the run that came first has logged."""
     model, last = recipe.model, latest(metrics)
     rows = [("method", f"{NAMES.get(recipe.method, recipe.method)}, seed {recipe.seed}, {recipe.precision}")]
     if before := recipe.before():
         theirs = f"a run of {NAMES.get(before.method, before.method)}, {before.schedule.epochs:g} epochs"
+        if "elapsed_s" in (end := latest(earlier)):
+            theirs += f", {spoken(end['elapsed_s'])}"
         rows.append(("began with", f"the encoder of {run.name}/first, {theirs}"))
     elif recipe.init_from:
         rows.append(("began with", recipe.init_from))
@@ -161,7 +163,8 @@ def counted(weights: int) -> str:
     return f"{weights / 1e6:.1f} M" if weights >= 1e6 else f"{weights / 1e3:.0f} k"
 
 
-def curves(metrics: Sequence[dict[str, Any]]) -> list[Section]:
+def curves(metrics: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[Section]:
+    """before: what was logged by the run whose encoder this one began with."""
     title = "How training went"
     if not metrics:
         return missing(title, "nothing has been logged (metrics.jsonl)")
@@ -169,11 +172,13 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[Section]:
         "The loss alone says little: features that stop telling images apart also make it fall. "
         "Spread and rank must stay away from zero, the cosine between images away from one."
     )
+    if before:
+        text += " Grey, up to step 0: the run that came first."
     first, last = latest(metrics[::-1]), latest(metrics)
     moved = ", ".join(f"{k.replace('_', ' ')} {first[k]:.3g} to {last[k]:.3g}"
                       for k in figures.PANELS if k in first and k in last)  # fmt: skip
     alt = f"Curves over steps {first['step']} to {last['step']}: {moved}"
-    return [Section(title, text, figures.curves_figure(metrics), alt=alt)]
+    return [Section(title, text, figures.curves_figure(metrics, before), alt=alt)]
 
 
 def all_worth(run: Path) -> list[Section]:

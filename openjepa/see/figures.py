@@ -36,8 +36,11 @@ PANELS = {  # of what a run logs
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
-def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
-    """Loss beside what the loss does not tell: spread, rank and cosine of the features, k-NN accuracy."""
+def curves_figure(metrics: Sequence[dict[str, float]], before: Sequence[dict[str, float]] = ()) -> Figure:
+    """Loss beside what the loss does not tell: spread, rank and cosine of the features, k-NN accuracy.
+
+    before: what the run logged whose encoder this one began with: grey, and its steps end at 0. Its loss is another one.
+    """
     panels = [(key, title) for key, title in PANELS.items() if any(key in m for m in metrics)]
     rows = -(-len(panels) // 3)
     columns = -(-len(panels) // rows)
@@ -46,11 +49,17 @@ def curves_figure(metrics: Sequence[dict[str, float]]) -> Figure:
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (key, title) in zip(axes, panels, strict=False):
+        theirs = [(m["step"] - before[-1]["step"], m[key]) for m in before if key in m and key != "loss"]
         points = [(m["step"], m[key]) for m in metrics if key in m]
-        axis.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.6, marker="o" if len(points) < 15 else None, ms=3)
+        for line, colour in ((theirs, GREY), (points, BLUE)):
+            if line:
+                axis.plot(
+                    *zip(*line, strict=True), color=colour, linewidth=1.6, marker="o" if len(line) < 15 else None, ms=3
+                )
         axis.set_title(title, fontsize=10, color=INK)
         axis.set_xlabel("step", fontsize=8)
-        values = [value for _, value in points]
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        values = [value for _, value in (*theirs, *points)]
         low, high = min(0.0, *values), max(values)
         if key == "loss" and high > 1.5 * min(values):
             axis.set_yscale("log")

@@ -28,7 +28,7 @@ from openjepa.recipes.decoding import Decoder, Shown, hidden, hypotheses, load_d
 from openjepa.recipes.exchange import Trained, load_run
 from openjepa.recipes.expecting import Gallery
 from openjepa.recipes.looking import Looker, Pictures, Region, of_image, seen, shown
-from openjepa.recipes.pretrain import own_images
+from openjepa.recipes.pretrain import FIRST, own_images
 from openjepa.recipes.report import latest, spoken
 from openjepa.recipes.searching import Table, neighbours, opened
 from openjepa.recipes.surprise import Judge, PatchView, judge_of, surprise_of, view_of, without_predictor
@@ -280,7 +280,7 @@ class Studio:
             return None, [("", "nothing has been logged yet")]
         numbers = {k: v for k, v in latest(metrics).items() if isinstance(v, (int, float))}
         said = [(k.replace("_", " "), spoken(v) if k == "elapsed_s" else f"{v:.5g}") for k, v in numbers.items()]
-        return drawn(figures.curves_figure(metrics)), said
+        return drawn(figures.curves_figure(metrics, read_metrics(self.trained.run / FIRST))), said
 
 
 def source_of(trained: Trained, data: str | None) -> Source:
