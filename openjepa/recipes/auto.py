@@ -36,9 +36,7 @@ SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
 SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones: photographs learned less at 1e-3
 LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
-LOOK_LEAST = (
-    500  # images of a look, a fifth of them queries, below which its accuracy is chance; rather fewer looks than that
-)
+LOOK_LEAST = 500  # images of a look, a fifth of them queries: of fewer its accuracy is chance, so rather fewer looks
 LOOK_COST = 0.12  # images of a look, as a share of those trained on since the last: about a twentieth of the time
 
 
