@@ -78,7 +78,7 @@ def evaluate(encoders: dict[str, Encoder], bench: Bench, protocols: Sequence[Ask
                 yield [{**about, **asdict(answer)} for answer in answers]
     if reused:
         console.print(f"{reused} answers were there already (--fresh asks anew)", highlight=False)
-    if shared and any(p.kind != "none" for p in protocols):  # who scores no test images
+    if shared and any(p.kind != "none" for p in protocols):  # quality scores no test images
         console.print(in_both(shared), style="yellow", highlight=False)
 
 

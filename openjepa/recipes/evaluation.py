@@ -130,8 +130,9 @@ def evaluate(question: Question, values: Mapping[str, str], console: Console) ->
 def planned(question: Question) -> tuple[list[Part], dict[str, str]]:
     """What is to be asked, and what of a suite cannot be, with the reason. Raises UserError."""
     given, train, test = bool(question.train or question.test), question.train, question.test
-    if set(question.protocols or ()) == {"quality"}:
-        test = test or train  # which asks nothing of it
+    asked_for = [PROTOCOLS[name] for name in question.protocols or () if name in PROTOCOLS]
+    if asked_for and all(protocol.kind == "none" for protocol in asked_for):
+        test = test or train  # of which nothing is asked
     if given and not (train and test):
         raise UserError("give both sets: --train SPEC and --test SPEC")
     if question.suite and question.suite not in SUITES:

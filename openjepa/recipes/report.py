@@ -56,7 +56,7 @@ def report(run: Path, decoder: Path | None = None) -> Path:
             module.to(pick_device("auto"))
     source, gone = attempted(lambda: own_images(run, recipe.model.image_size))
     images = some_images(source, recipe.model.image_size, recipe.model.channels, recipe.seed) if source else None
-    metrics, before = read_metrics(run), read_metrics(run / FIRST)
+    metrics, earlier = read_metrics(run), read_metrics(run / FIRST)
 
     def needing(title: str, make: Callable[[Trained, Source, Tensor], list[Section]]) -> list[Section]:
         """Sections for which weights and images are needed."""
@@ -64,9 +64,9 @@ def report(run: Path, decoder: Path | None = None) -> Path:
             return missing(title, refusal or gone)
         return made(title, lambda: make(trained, source, images))
 
-    sections = [what_was_run(run, recipe, data, metrics, before, trained)]
+    sections = [what_was_run(run, recipe, data, metrics, earlier, trained)]
     sections += made("What it is worth", lambda: all_worth(run))
-    sections += curves(metrics, before)
+    sections += curves(metrics, earlier)
     sections += missing("What it had to predict", gone) if images is None else [masks(recipe, images)]
     sections += needing("What a decoder paints", lambda t, s, i: painted(run, decoder, t, i))
     sections += needing("What surprises it", surprising)
@@ -163,8 +163,8 @@ def counted(weights: int) -> str:
     return f"{weights / 1e6:.1f} M" if weights >= 1e6 else f"{weights / 1e3:.0f} k"
 
 
-def curves(metrics: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[Section]:
-    """before: what was logged by the run whose encoder this one began with."""
+def curves(metrics: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]]) -> list[Section]:
+    """earlier: what the run that came first has logged."""
     title = "How training went"
     if not metrics:
         return missing(title, "nothing has been logged (metrics.jsonl)")
@@ -172,13 +172,13 @@ def curves(metrics: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) 
         "The loss alone says little: features that stop telling images apart also make it fall. "
         "Spread and rank must stay away from zero, the cosine between images away from one."
     )
-    if before:
+    if earlier:
         text += " Grey, up to step 0: the run that came first."
     first, last = latest(metrics[::-1]), latest(metrics)
     moved = ", ".join(f"{k.replace('_', ' ')} {first[k]:.3g} to {last[k]:.3g}"
                       for k in figures.PANELS if k in first and k in last)  # fmt: skip
     alt = f"Curves over steps {first['step']} to {last['step']}: {moved}"
-    return [Section(title, text, figures.curves_figure(metrics, before), alt=alt)]
+    return [Section(title, text, figures.curves_figure(metrics, earlier), alt=alt)]
 
 
 def all_worth(run: Path) -> list[Section]:

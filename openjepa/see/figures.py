@@ -36,10 +36,10 @@ PANELS = {  # of what a run logs
 TARGETS = ("#e0812b", "#2fa36b", "#8d5bd6", "#d6496b")
 
 
-def curves_figure(metrics: Sequence[dict[str, float]], before: Sequence[dict[str, float]] = ()) -> Figure:
+def curves_figure(metrics: Sequence[dict[str, float]], earlier: Sequence[dict[str, float]] = ()) -> Figure:
     """Loss beside what the loss does not tell: spread, rank and cosine of the features, k-NN accuracy.
 
-    before: what the run logged whose encoder this one began with: grey, and its steps end at 0. Its loss is another one.
+    earlier: what the run logged whose encoder this one began with: grey, its steps end at 0. Its loss is another one.
     """
     panels = [(key, title) for key, title in PANELS.items() if any(key in m for m in metrics)]
     rows = -(-len(panels) // 3)
@@ -49,7 +49,7 @@ def curves_figure(metrics: Sequence[dict[str, float]], before: Sequence[dict[str
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (key, title) in zip(axes, panels, strict=False):
-        theirs = [(m["step"] - before[-1]["step"], m[key]) for m in before if key in m and key != "loss"]
+        theirs = [(m["step"] - earlier[-1]["step"], m[key]) for m in earlier if key in m and key != "loss"]
         points = [(m["step"], m[key]) for m in metrics if key in m]
         for line, colour in ((theirs, GREY), (points, BLUE)):
             if line:
