@@ -74,6 +74,7 @@ def test_the_same_labels_go_to_all_and_what_is_kept_is_not_computed_again(
     assert "going on after 9 answers" in text
     assert [(who, len(rows)) for who, rows in seen] == [(who, 20) for _ in range(2) for who in LEARNERS]
     assert len(json.loads((out / "labels.json").read_text())["results"]) == 15
+    assert all(f"({count} labels)" in text for count in (8, 20, 40)), "what was there is shown, too"
 
 
 def test_a_curve_that_was_stopped_goes_on_to_the_same_numbers(trained, folder, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def labels(asked: Asked, values: Mapping[str, str], console: Console) -> list[Re
                 for who in LEARNERS:
                     if (who, share, draw) not in found.records:
                         answer(contest, found, who, share, draw, some, len(several), console)
-        return shown(asked, found, rows, about["step"], task.name, console)
+        return shown(asked, found, about["step"], task.name, console)
 
 
 def answer(contest: Contest, found: Kept, who: str, share: float, draw: int, rows: np.ndarray, of: int,
@@ -119,20 +120,19 @@ def answer(contest: Contest, found: Kept, who: str, share: float, draw: int, row
     console.print(f"{what}: {suite.shown(scored.value, scored.metric)} % after {seconds:.0f} s", highlight=False)
 
 
-def shown(asked: Asked, found: Kept, rows: Mapping[float, Sequence[np.ndarray]], step: int | None, task: str,
-          console: Console) -> list[Record]:  # fmt: skip
-    """The table, the picture, and how many labels were saved."""
+def shown(asked: Asked, found: Kept, step: int | None, task: str, console: Console) -> list[Record]:
+    """The table, the picture, and how many labels were saved; of all that the folder holds an answer of each learner to."""
     from openjepa.see.figures import labels_figure
 
     means: list[Record] = []
-    for share, several in rows.items():
+    for share, several in found.whole().items():
         for who in LEARNERS:
-            mine = [found.records[who, share, draw] for draw in range(len(several))]
-            values = [record["value"] for record in mine]
+            mine = [found.records[who, share, draw] for draw in several]
+            values, count = [record["value"] for record in mine], mine[0]["labels"]
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             means.append({
-                "task": task, "protocol": f"{percent(share)} ({len(several[0]):,} labels)", "of": who, "metric": "accuracy",
-                "value": float(np.mean(values)), "spread": spread, "draws": len(values), "labels": len(several[0]),
+                "task": task, "protocol": f"{percent(share)} ({count:,} labels)", "of": who, "metric": "accuracy",
+                "value": float(np.mean(values)), "spread": spread, "draws": len(values), "labels": count,
                 "interval": mine[0]["interval"] if spread is None else None})  # fmt: skip
     at = f" at step {step}" if step is not None else ""
     console.print(suite.table(means, f"{asked.source}{at}, {asked.test}"))
@@ -198,6 +198,14 @@ class Kept:
         self.records = {(r["of"], r["share"], r["draw"]): r for r in known["results"]}
         self.rates = {(r["of"], r["share"]): [(rate, value) for rate, value in r["tried"]] for r in known["rates"]}
         self.write()
+
+    def whole(self) -> dict[float, list[int]]:
+        """The draws of each share, rising, that every learner has answered."""
+        answered = Counter((share, draw) for _, share, draw in self.records)
+        found: dict[float, list[int]] = {}
+        for share, draw in sorted(key for key, learners in answered.items() if learners == len(LEARNERS)):
+            found.setdefault(share, []).append(draw)
+        return found
 
     def add(self, record: Record) -> None:
         self.records[record["of"], record["share"], record["draw"]] = record
