@@ -15,6 +15,8 @@ from openjepa.recipes.pretrain import saved_recipe
 from openjepa.recipes.recipe import Recipe, from_dict
 from tests.helpers import command, refused
 
+CPU = {"machine.device": "cpu"}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -40,7 +42,7 @@ def asked(images, run) -> list[str]:
 
 
 def test_it_looks_at_the_images(folder, swift):
-    recipe = auto.choose(str(folder), "60s", "cpu").recipe
+    recipe = auto.choose(str(folder), "60s", CPU).recipe
     assert recipe.model.image_size == (32, 32)  # the shorter side is 40
     assert recipe.model.grid == (8, 8)
     assert recipe.data.mean == pytest.approx((39.5 / 255,) * 3, abs=0.01)
@@ -49,7 +51,7 @@ def test_it_looks_at_the_images(folder, swift):
 
 
 def test_it_fills_the_time(folder, swift):
-    recipe = auto.choose(str(folder), "60s", "cpu").recipe
+    recipe = auto.choose(str(folder), "60s", CPU).recipe
     before = recipe.before()
     assert before is not None
     assert (before.method, before.model, before.data) == ("mae", recipe.model, recipe.data)
@@ -59,9 +61,9 @@ def test_it_fills_the_time(folder, swift):
 
 
 def test_larger_images_learn_by_gentler_rates(monkeypatch, folder, swift):
-    small = auto.choose(str(folder), "60s", "cpu").recipe
+    small = auto.choose(str(folder), "60s", CPU).recipe
     monkeypatch.setattr(auto, "looked_at", lambda *_: iter([(np.zeros((8, 8, 3), np.uint8), (500, 375))] * 4))
-    large = auto.choose("scenes:3000", "20min", "cpu").recipe
+    large = auto.choose("scenes:3000", "20min", CPU).recipe
     for recipe, rate in ((small, 8e-4), (large, 5e-4)):
         before = recipe.before()
         assert before is not None
@@ -85,7 +87,7 @@ def test_a_long_run_averages_over_its_share_and_never_stands_still(steps):
 
 @pytest.mark.parametrize(("images", "batch"), [(1, 1), (20, 20), (40, 32)])
 def test_few_images_are_a_batch_and_are_looked_at_seldom(swift, images, batch):
-    recipe = auto.choose(f"scenes:{images}", "20min", "cpu").recipe
+    recipe = auto.choose(f"scenes:{images}", "20min", CPU).recipe
     assert recipe.data.batch_size == batch
     before = recipe.before()
     assert before is not None
@@ -95,11 +97,11 @@ def test_few_images_are_a_batch_and_are_looked_at_seldom(swift, images, batch):
 
 
 def test_looks_take_a_small_part_and_checkpoints_come_every_ten_minutes(swift):
-    recipe = auto.choose("scenes:4000", "5h", "cpu").recipe
+    recipe = auto.choose("scenes:4000", "5h", CPU).recipe
     seconds = 0.8 * 5 * 3600
     assert recipe.schedule.epochs / recipe.machine.checkpoint_every == pytest.approx(seconds / 600)
     for time, seconds in (("60s", 60), ("5min", 300)):  # a look of few images would tell nothing: rather fewer
-        short = auto.choose("scenes:4000", time, "cpu").recipe
+        short = auto.choose("scenes:4000", time, CPU).recipe
         looks = short.schedule.epochs / short.monitors.knn_every
         assert looks <= auto.LOOKS
         assert short.monitors.knn_images >= auto.LOOK_LEAST
@@ -115,10 +117,72 @@ def test_larger_images_on_a_gpu_are_seen_larger(monkeypatch, swift):
 
 
 def test_too_little_time_is_said(folder, swift):
-    (why,) = (why for what, why in auto.choose(str(folder), "10s", "cpu").reasons if what.startswith("then"))
+    (why,) = (why for what, why in auto.choose(str(folder), "10s", CPU).reasons if what.startswith("then"))
     assert "give it more time" in why
-    (why,) = (why for what, why in auto.choose(str(folder), "1h", "cpu").reasons if what.startswith("then"))
+    (why,) = (why for what, why in auto.choose(str(folder), "1h", CPU).reasons if what.startswith("then"))
     assert "give it more time" not in why
+
+
+def test_values_that_are_told_are_measured_and_hold(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(auto, "pace", lambda recipe, *_: seen.append(recipe) or 320.0)
+    told = {**CPU, "data.batch_size": "16", "model.init": "normal", "first.optim.lr": "3e-4", "data.max_bad": "0.9"}
+    found = auto.choose(str(folder), "60s", told)
+    before = found.recipe.before()
+    assert before is not None
+    assert [run.data.batch_size for run in (*seen, before, found.recipe)] == [16] * 4
+    assert [run.optim.lr for run in (seen[0], before, seen[1], found.recipe)] == [3e-4, 3e-4, 8e-4, 8e-4]
+    assert found.recipe.schedule.epochs * (49 // 16) * 16 == pytest.approx(0.8 * 60 * 320, rel=0.01)
+    assert dict(found.reasons)["batches of 16"] == "as told"
+    assert dict(found.reasons)["a predictor that begins with normal weights"] == "as told"
+    (large,) = {run.model.grid for run in (auto.choose(str(folder), "60s", {"model.image_size": "64"}).recipe,)}
+    assert large == (8, 8)  # of patches as large as 64 pixels want them
+
+
+def test_without_painting_all_the_time_is_of_the_rest(folder, swift):
+    found = auto.choose(str(folder), "60s", {**CPU, "first": "{}"})
+    assert found.recipe.before() is None
+    assert found.recipe.schedule.epochs * (49 // 32) * 32 == pytest.approx(60 * 320, rel=0.01)
+    assert not any("painting" in what for what, _ in found.reasons)
+
+
+def test_a_run_too_short_to_look_at_is_not_looked_at(folder, swift):
+    assert auto.choose(str(folder), "5s", CPU).recipe.monitors.knn_every == 0
+    assert auto.choose(str(folder), "1min", CPU).recipe.monitors.knn_every > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optim.lrr", "3"], "did you mean 'optim.lr'"),
+        (["--first.nonsense", "3"], "'first.nonsense'"),
+        (["--model.patch_size", "7"], "7"),
+        (["--masking.strategy", "nonsense"], "masking.strategy is 'nonsense'"),
+        (["--data.batch_size", "400"], "larger than the data set of 49 images"),
+        (["--schedule.epochs", "3"], "the budget says how long"),
+        (["--method", "mae"], "for ijepa alone"),
+        (["--init_from", "nowhere"], "leave one out"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(folder, monkeypatch, capsys, tmp_path, words, says):
+    def measured(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(auto, "pace", measured)
+    assert says in refused(monkeypatch, capsys, *asked(folder, tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_bad_images_may_be_allowed_once_they_are_named(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(budget, "PACE_STEPS", 4)
+    for i in range(20):
+        (folder / f"broken-{i}.png").write_bytes(b"no image")
+    words = asked(folder, tmp_path / "run")
+    status, _, said = command(monkeypatch, capsys, *words)
+    assert status == 2
+    assert f"all are in {tmp_path / 'run' / 'first' / 'bad_images.txt'}" in said
+    assert (tmp_path / "run" / "first" / "bad_images.txt").exists()
+    assert command(monkeypatch, capsys, *words, "--data.max_bad", "0.9")[0] == 0
 
 
 def test_what_it_prints_is_a_recipe_with_its_reasons(folder, swift, monkeypatch, capsys):
@@ -137,9 +201,10 @@ def test_a_run_of_it_goes_on_with_what_was_chosen(folder, monkeypatch, capsys, t
     assert "images/s here" in out
     assert saved_recipe(tmp_path / "run" / "first").method == "mae"
     chosen = saved_recipe(tmp_path / "run")
+    assert "30min or 2h" in refused(monkeypatch, capsys, *words, "--budget", "soon")
     status, out, _ = command(monkeypatch, capsys, *words, "--budget", "1h")
     assert status == 0
-    assert "goes on by the recipe that it began with" in out
+    assert "goes on by the recipe that it began with; another budget wants another --out" in out
     assert "images/s here" not in out
     assert saved_recipe(tmp_path / "run") == chosen
 

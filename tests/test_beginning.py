@@ -138,6 +138,24 @@ def test_values_of_the_first_run_are_set_like_others(config):
     assert differences(recipe, changed) == ["first.schedule.epochs: 0.6 -> 0.4"]
 
 
+def test_only_what_changes_the_result_is_another_recipe(config):
+    recipe = from_dict(Recipe, from_yaml(config.read_text()))
+    changed = {"first.monitors.log_every": "7", "first.machine.workers": "1", "data.max_bad": "0.5"}
+    assert differences(recipe, override(recipe, changed)) == []
+    one, other = (override(recipe, {"first.optim.lr": text}) for text in ("5e-4", "0.0005"))
+    assert differences(one, other) == []
+    (told,) = differences(recipe, override(recipe, {"optim.lr": "0.3"}))  # of both, and told once
+    assert told.startswith("optim.lr: ")
+    assert [told.split(":")[0] for told in differences(recipe, override(recipe, {"first": "{}"}))] == ["first"]
+
+
+def test_mistakes_of_the_first_run_leave_nothing(config, folder, tmp_path, monkeypatch, capsys):
+    words = ("pretrain", "--config", str(config), "--data", str(folder), "--out", str(tmp_path / "run"))
+    for name, value in (("data.batch_size", "500"), ("init_from", "nowhere"), ("schedule.epochs", "0")):
+        assert "openjepa: first" in refused(monkeypatch, capsys, *words, f"--first.{name}", value)
+        assert not (tmp_path / "run").exists()
+
+
 def test_nothing_comes_first_where_it_is_taken_away(config):
     assert override(from_dict(Recipe, from_yaml(config.read_text())), {"first": "{}"}) == recipe_of("ijepa")
 

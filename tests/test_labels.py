@@ -59,7 +59,7 @@ def test_the_same_labels_go_to_all_and_what_is_kept_is_not_computed_again(
     assert [len(each) for each in draws] == [1, 1, 1]
     assert [len(next(iter(each))) for each in draws] == [8, 8, 40]
     assert draws[0] != draws[1]
-    assert all(word in text for word in ("20% (8 labels)", "100% (40 labels)", "as good as from scratch"))
+    assert all(word in text for word in ("8 (20%)", "40 (100%)", "as good as from scratch"))
     assert (out / "labels.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((out / "labels.json").read_text())
     assert [(r["of"], r["share"], r["draw"]) for r in kept["results"]] == [
@@ -74,7 +74,7 @@ def test_the_same_labels_go_to_all_and_what_is_kept_is_not_computed_again(
     assert "going on after 9 answers" in text
     assert [(who, len(rows)) for who, rows in seen] == [(who, 20) for _ in range(2) for who in LEARNERS]
     assert len(json.loads((out / "labels.json").read_text())["results"]) == 15
-    assert all(f"({count} labels)" in text for count in (8, 20, 40)), "what was there is shown, too"
+    assert all(each in text for each in ("8 (20%)", "20 (50%)", "40 (100%)")), "what was there is shown, too"
 
 
 def test_a_curve_that_was_stopped_goes_on_to_the_same_numbers(trained, folder, tmp_path, monkeypatch, capsys):
@@ -163,6 +163,13 @@ def test_rates_are_chosen_without_the_test_set(trained, folder, monkeypatch):
     assert seen == pytest.approx([1e-4, 1e-3, 1e-2])
 
 
+def test_a_rate_alone_is_taken(trained, folder, tmp_path, monkeypatch, capsys):
+    given = words(trained, folder, tmp_path / "curve", "--labels", "100%", "--rates", "0.3")
+    assert command(monkeypatch, capsys, *given)[0] == 0
+    kept = json.loads((tmp_path / "curve" / "labels.json").read_text())["results"]
+    assert {each["of"]: each["rate"] for each in kept} == {FINETUNED: 0.3, SCRATCH: 0.3, PROBED: 1.0}
+
+
 def test_the_probe_learns_from_the_labels_it_is_given_alone(trained, folder, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENJEPA_CACHE", str(tmp_path))
     before = contest(trained, folder, linear=LinearConfig(epochs=2, min_steps=20))
@@ -204,6 +211,8 @@ def test_shares_are_percent_each_once_and_rising():
         (["--draws", "0"], "--draws 0: one at least"),
         (["--rates", "0.1,fast"], "--rates 0.1,fast: give factors"),
         (["--rates", "0"], "rates are above 0"),
+        (["--rates", "nan"], "rates are above 0"),
+        (["--rates", "1,inf"], "rates are above 0"),
         (["--recipe", "smal"], "did you mean 'small'"),
         (["--scratch.epoch", "3"], "did you mean 'scratch.epochs'"),
         (["--linear.views", "crop", "--linear.norms", "none"], "linear.views must be none"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,17 @@ def looking(p: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(args: argparse.Namespace, processes: int = 1, device: str = "auto") -> tuple[Any, bool]:
-    """The recipe that --recipe or --config names, or None; and whether its batch size is that of one process."""
+def chosen(args: argparse.Namespace, processes: int = 1, values: Mapping[str, str] | None = None) -> tuple[Any, bool]:
+    """The recipe that --recipe or --config names, or None; and whether its batch size is that of one process.
+
+    values: that will be laid over it.
+    """
     if args.recipe and args.config:
         raise UserError("give --recipe or --config, not both")
     if args.recipe == AUTO and processes > 1:
         raise UserError(for_one_process())
     if args.recipe == AUTO and hasattr(args, "budget"):
-        return automatic(args.data, args.budget, device), False
+        return automatic(args.data, args.budget, values), False
     if args.recipe:
         return named(args.recipe), False
     return read(Path(args.config)) if args.config else (None, False)
@@ -53,13 +56,13 @@ def for_one_process() -> str:
     return f"{AUTO} chooses for one process here: openjepa recipes {AUTO} --data SPEC > recipe.yaml, then --config recipe.yaml"
 
 
-def automatic(data: str | None, budget: str | None, device: str = "auto") -> Any:
+def automatic(data: str | None, budget: str | None, values: Mapping[str, str] | None = None) -> Any:
     """A recipe for these images; says why."""
     from openjepa.recipes.auto import choose
 
     if not data:
         raise UserError(f"{AUTO} chooses by the images: give --data SPEC: {SPEC}")
-    found = choose(data, budget or "30min", device)
+    found = choose(data, budget or "30min", values)
     for what, why in found.reasons:
         print(f"# {what}: {why}", flush=True)
     return found.recipe
@@ -69,7 +72,7 @@ def named(name: str) -> Any:
     from openjepa.recipes.named import RECIPES
 
     if name not in RECIPES:
-        raise UserError(f"unknown recipe '{name}'{nearest(name, RECIPES)} (openjepa recipes lists them)")
+        raise UserError(f"unknown recipe '{name}'{nearest(name, [AUTO, *RECIPES])} (openjepa recipes lists them)")
     return RECIPES[name]()
 
 
@@ -87,7 +90,10 @@ def read(file: Path) -> tuple[Any, bool]:
             return from_dict(Recipe, translated), theirs
         except UserError as error:
             raise UserError(f"{file.name}: {released.in_their_words(str(error))}") from error
-    return from_dict(Recipe, values), theirs
+    try:
+        return from_dict(Recipe, values), theirs
+    except UserError as error:
+        raise UserError(f"{file.name}: {error}") from error
 
 
 def read_yaml(file: Path) -> Any:

@@ -32,6 +32,8 @@ def pretrain(args: argparse.Namespace, rest: list[str]) -> None:
 
 def training(args: argparse.Namespace, values: dict[str, str], processes: int) -> tuple[Any, str, Path]:
     """What is to be trained by so many processes: recipe, images, run."""
+    from openjepa.engine.whole import refuse_unwritable
+    from openjepa.recipes.budget import seconds_of
     from openjepa.recipes.pretrain import refuse_stranger, saved_data, saved_recipe
     from openjepa.recipes.recipe import of_processes, override
 
@@ -41,11 +43,14 @@ def training(args: argparse.Namespace, values: dict[str, str], processes: int) -
         raise UserError(f"--budget is of {AUTO}: others say how long they train, --schedule.epochs")
     recipe, of_one_process = None, False
     if args.recipe == AUTO and begun:
-        print(f"{out} goes on by the recipe that it began with", flush=True)
+        seconds_of(args.budget or "30min")
+        longer = "; another budget wants another --out" if args.budget else ""
+        print(f"{out} goes on by the recipe that it began with{longer}", flush=True)
     else:
         if args.recipe == AUTO:  # before a minute of measuring
             refuse_stranger(out)
-        recipe, of_one_process = chosen(args, processes, values.get("machine.device", "auto"))
+            refuse_unwritable(out)
+        recipe, of_one_process = chosen(args, processes, values)
     if recipe and of_one_process:
         recipe = of_processes(recipe, processes)
     recipe = recipe or (saved_recipe(out) if begun else None)
@@ -149,7 +154,9 @@ def add(commands: Any) -> None:
     p.add_argument("--config", metavar="FILE.yaml", help="a recipe as YAML, such as RUN/recipe.yaml")
     p.add_argument("--data", metavar="SPEC", help=SPEC)
     p.add_argument(
-        "--budget", metavar="TIME", help=f"with {AUTO}: of training, after a minute of measuring: 30min unless told"
+        "--budget",
+        metavar="TIME",
+        help=f"with {AUTO}: of training, after a minute or two of measuring: 30min unless told",
     )
     p.add_argument("--out", metavar="RUN", required=True)
 

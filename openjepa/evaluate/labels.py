@@ -65,7 +65,7 @@ class LabelsConfig:
         if (
             min(self.min_steps, self.scratch_steps) < 0
             or not self.rates
-            or min(self.rates) <= 0
+            or not all(0 < rate < math.inf for rate in self.rates)
             or not 0 < self.validation < 1
         ):
             raise UserError(

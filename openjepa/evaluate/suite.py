@@ -125,7 +125,7 @@ def cell(record: dict[str, Any] | None) -> str:
     if record is None:
         return ""
     metric, text = record["metric"], shown(record["value"], record["metric"])
-    if record["spread"]:
+    if record["spread"] is not None:
         return f"{text} (sd {shown(record['spread'], metric)})"
     low, high = record["interval"] or (0, 0)
     return text + (f" ± {shown((high - low) / 2, metric)}" if high > low else "")

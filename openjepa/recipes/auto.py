@@ -1,16 +1,17 @@
 """`ijepa_auto`: a recipe chosen for some images, this machine and a time, by rules that are said with their reasons.
 
-The rules are what docs/small-data.md found; whoever knows better saves the recipe and changes it.
+The rules are what docs/small-data.md found; whoever knows better gives a value, or saves the recipe and changes it.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from openjepa.errors import UserError
 from openjepa.masking import MaskingConfig
 from openjepa.recipes.budget import pace, seconds_of
 from openjepa.recipes.ijepa import CPU, GPU, HIDDEN, after_painting
-from openjepa.recipes.recipe import Recipe, from_dict
+from openjepa.recipes.recipe import Recipe, from_dict, nested, override
 
 LOOKED_AT = 256  # images whose sizes and colours stand for all
 SIDES = {"cpu": (32, 64, 96), "cuda": (32, 64, 96, 160, 224)}  # pixels that are trained at
@@ -54,21 +55,31 @@ class Known:
 
     kind: str  # cpu or cuda
     budget: str
+    told: Sequence[str]  # values that were not chosen
     images: int
     looked: int  # images that were
     short: int  # pixels, the median of their shorter sides
 
 
-def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
-    """A recipe for these images whose training takes about the budget (90s, 30min, 2h) on this machine. Raises UserError."""
-    seconds, kind = seconds_of(budget), "cuda" if pick_device(device).type == "cuda" else "cpu"
+def choose(spec: str, budget: str, values: Mapping[str, str] | None = None) -> Chosen:
+    """A recipe for these images whose training takes about the budget (90s, 30min, 2h) on this machine.
+
+    values: of the command line, which hold whatever would be chosen. Raises UserError.
+    """
+    seconds, values = seconds_of(budget), values or {}
+    if length := next((name for name in values if name.endswith("epochs")), None):
+        raise UserError(
+            f"--{length}: the budget says how long; print the recipe and change it there, or leave this out"
+        )
+    kind = "cuda" if pick_device(values.get("machine.device", "auto")).type == "cuda" else "cpu"
     source = open_source(spec)
     sizes = [size for _, size in looked_at(source, 8)]
     if not sizes:
-        raise UserError(f"{spec}: none of {LOOKED_AT} images could be read")
-    known = Known(kind, budget, len(source), len(sizes), int(median(map(min, sizes))))
+        raise UserError(f"{spec}: none of {min(LOOKED_AT, len(source))} images could be read")
+    known = Known(kind, budget, [*values], len(source), len(sizes), int(median(map(min, sizes))))
     side = max((s for s in SIDES[kind] if s <= known.short), default=SIDES[kind][0])
-    batch = min(BATCH[kind], len(source))
+    if (told := nested(values).get("model", {}).get("image_size")) in PATCHES:
+        side = told
     plan = partial(
         after_painting,
         networks=CPU if kind == "cpu" else GPU,
@@ -76,79 +87,95 @@ def choose(spec: str, budget: str, device: str = "auto") -> Chosen:
         patch=PATCHES[side],
         colours=colours([pixels for pixels, _ in looked_at(source, side)]),  # smaller ones would be smoother
         rate=SMALLEST_RATE if side == SIDES[kind][0] else RATE,
-        batch=batch,
+        batch=min(BATCH[kind], len(source)),
         masking=HIDDEN if side // PATCHES[side] <= SMALL else MaskingConfig(),
     )
-    per_epoch = steps_per_epoch(len(source), batch)
-    begun = on_device(plan(painted=1, epochs=1, ema=momenta(per_epoch)), device)
-    before = begun.before()
-    assert before is not None
-    print("measuring how fast this machine trains", file=sys.stderr, flush=True)
-    shares = PAINTED * seconds, (1 - PAINTED) * seconds
-    paces = [pace(run, spec, per_epoch, s) for run, s in zip((before, replace(begun, first={})), shares, strict=True)]
-    painted, steps = (max(1, round(s * speed / batch)) for s, speed in zip(shares, paces, strict=True))
-    recipe = plan(
-        painted=digits(painted / per_epoch),
-        epochs=digits(steps / per_epoch),
-        ema=momenta(steps),
-    )
-    first = {**recipe.first, **watched(painted, PAINTING_LOOKS, recipe.first["schedule"]["epochs"], batch, shares[0])}
-    own = {"first": first, **watched(steps, LOOKS, recipe.schedule.epochs, batch, shares[1])}
-    recipe = on_device(from_dict(Recipe, own, base=recipe), device)
-    return Chosen(recipe, reasons(recipe, known, painted, steps, paces))
+    trial = override(plan(painted=1, epochs=1, ema=momenta(1)), values)
+    if trial.method != "ijepa":
+        raise UserError(f"method {trial.method}: a recipe is chosen for ijepa alone")
+    before = trial.before()
+    stages = [before, replace(trial, first={})] if before else [trial]
+    shares = [PAINTED * seconds, (1 - PAINTED) * seconds] if before else [seconds]
+    per_epoch = [steps_per_epoch(len(source), run.data.batch_size) for run in stages]
+    print("measuring how fast this machine trains: a minute or two", file=sys.stderr, flush=True)
+    paces = [pace(run, spec, each, s) for run, each, s in zip(stages, per_epoch, shares, strict=True)]
+    steps = [
+        max(1, round(s * speed / run.data.batch_size)) for run, s, speed in zip(stages, shares, paces, strict=True)
+    ]
+    epochs = [digits(count / each) for count, each in zip(steps, per_epoch, strict=True)]
+    recipe = plan(painted=epochs[0], epochs=epochs[-1], ema=momenta(steps[-1]))
+    own = watched(steps[-1], LOOKS, epochs[-1], trial.data.batch_size, shares[-1])
+    if before:
+        own["first"] = {
+            **recipe.first,
+            **watched(steps[0], PAINTING_LOOKS, epochs[0], before.data.batch_size, shares[0]),
+        }
+    recipe = override(from_dict(Recipe, own, base=recipe), values)
+    return Chosen(recipe, reasons(recipe, known, steps, paces))
 
 
-def on_device(recipe: Recipe, device: str) -> Recipe:
-    return replace(recipe, machine=replace(recipe.machine, device=device))
-
-
-def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float) -> dict[str, dict[str, float]]:
+def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float) -> dict[str, Any]:
     """So many looks at most, and checkpoints, as shares of a run, whatever an epoch is: a look takes a small part of the time,
     and a checkpoint is never more than ten minutes old."""
     images = round(LOOK_COST * steps * batch)  # of all looks
-    looks = max(1, min(looks, images // LOOK_LEAST))
+    looks = min(looks, images // LOOK_LEAST)
     monitors = {
-        "log_every": max(1, steps // (5 * looks)),
-        "knn_every": digits(epochs / looks),
-        "knn_images": min(MonitorsConfig().knn_images, max(10, images // looks)),
+        "log_every": max(1, steps // (5 * max(1, looks))),
+        "knn_every": digits(epochs / looks) if looks else 0,
+        "knn_images": min(MonitorsConfig().knn_images, images // looks if looks else LOOK_LEAST),
     }
     return {
         "monitors": monitors,
-        "machine": {"checkpoint_every": digits(epochs / max(looks, math.ceil(seconds / 600)))},
+        "machine": {"checkpoint_every": digits(epochs / max(1, looks, math.ceil(seconds / 600)))},
     }
 
 
-def reasons(recipe: Recipe, known: Known, painted: int, steps: int, paces: Sequence[float]) -> list[tuple[str, str]]:
-    """Why a recipe has its values. painted, steps: of its stages; paces: their images a second."""
+def reasons(recipe: Recipe, known: Known, steps: Sequence[int], paces: Sequence[float]) -> list[tuple[str, str]]:
+    """Why a recipe has its values. steps, paces: of its stages, and their images a second."""
     model, predictor, batch, (first, last) = recipe.model, recipe.predictor, recipe.data.batch_size, recipe.schedule.ema
     (side, _), (rows, columns), cpu = model.image_size, model.grid, known.kind == "cpu"
-    a, small = "a CPU" if cpu else "a GPU", rows <= SMALL
-    return [
-        (f"images of {side}x{side} pixels", f"the shorter side's median is {known.short}; on {a} at most {SIDES[known.kind][-1]}"
-         + ("; smaller ones are enlarged" if known.short < side else "")),
+    a, small, before = "a CPU" if cpu else "a GPU", rows <= SMALL, recipe.before()
+    slow = f"; in fewer than {FEW_STEPS} little is learned: give it more time"
+
+    def why(reason: str, *names: str) -> str:
+        return "as told" if any(told.startswith(names) for told in known.told) else reason
+
+    found = [
+        (f"images of {side}x{side} pixels", why(f"the shorter side's median is {known.short}; on {a} at most "
+         f"{SIDES[known.kind][-1]}" + ("; smaller ones are enlarged" if known.short < side else ""), "model.image_size")),
         (f"patches of {model.patch_size} pixels, a grid of {rows}x{columns}",
-         "the only grid that was tried on a CPU" if small else "what a GPU has the time for"),
+         why("the only grid that was tried on a CPU" if small else "what a GPU has the time for", "model.patch_size")),
         (f"an encoder {model.dim} wide and {model.n_blocks} deep, a predictor of {predictor.width}x{predictor.depth}",
-         f"what {a} trains long enough in minutes"),
-        (f"normalised by mean {recipe.data.mean} and deviation {recipe.data.std}", f"measured on {known.looked} images"),
-        (f"batches of {batch}", "all there are" if batch < BATCH[known.kind] else
-         "from the same images more steps teach more than larger batches" if cpu else "what keeps a GPU busy"),
-        (f"first {painted:,} steps, {recipe.first['schedule']['epochs']:,.1f} epochs, of painting hidden patches (MAE)",
-         f"{PAINTED:.0%} of {known.budget} at {paces[0]:,.0f} images/s: pixels teach much at once, and features of a network that "
-         "knows nothing do not"),
-        (f"then {steps:,} steps, {recipe.schedule.epochs:,.1f} epochs of {known.images:,} images",
-         f"the rest at {paces[1]:,.0f} images/s here"
-         + ("" if steps >= FEW_STEPS else f"; in fewer than {FEW_STEPS} little is learned: give it more time")),
-        ("a predictor that begins with Xavier's weights", "smaller ones would hold back what the encoder has learned"),
-        (f"a learning rate of {recipe.optim.lr:g}",
-         "as on a CPU; no other was tried" if not cpu else "CIFAR-10's small images like it high" if side == SIDES["cpu"][0]
-         else "photographs are painted better at it than at twice as much"),
-        ("three quarters of the patches hidden", "on a grid this small it teaches at least as well as blocks, in less time")
-        if small else ("the paper's blocks hidden", "nothing else was tried on grids so large"),
-        (f"EMA from {first} to {last}",
-         "the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: ".format(*windows(steps))
-         + "over few it can collapse"),
+         why(f"what {a} trains long enough in minutes", "model.size", "model.width", "model.depth", "predictor.")),
+        (f"normalised by mean {recipe.data.mean} and deviation {recipe.data.std}",
+         why(f"measured on {known.looked} images", "data.mean", "data.std")),
+        (f"batches of {batch}", why("all there are" if batch < BATCH[known.kind] else
+         "from the same images more steps teach more than larger batches" if cpu else "what keeps a GPU busy",
+         "data.batch_size")),
     ]  # fmt: skip
+    if before:
+        found.append(
+            (f"first {steps[0]:,} steps, {before.schedule.epochs:,.1f} epochs, of painting hidden patches (MAE)",
+             f"{PAINTED:.0%} of {known.budget} at {paces[0]:,.0f} images/s: pixels teach much at once, and features of a "
+             "network that knows nothing do not"))  # fmt: skip
+    found += [
+        (f"{'then ' if before else ''}{steps[-1]:,} steps, {recipe.schedule.epochs:,.1f} epochs of {known.images:,} images",
+         f"{'the rest' if before else known.budget} at {paces[-1]:,.0f} images/s here"
+         + ("" if steps[-1] >= FEW_STEPS else slow)),
+        ("a predictor that begins with " + ("Xavier's weights" if model.init == "xavier" else f"{model.init} weights"),
+         why("smaller ones would hold back what the encoder has learned", "model.init")),
+        (f"a learning rate of {recipe.optim.lr:g}",
+         why("as on a CPU; no other was tried" if not cpu else "CIFAR-10's small images like it high"
+             if side == SIDES["cpu"][0] else "larger photographs are painted better at it than at twice as much", "optim.lr")),
+        ("three quarters of the patches hidden" if recipe.masking == HIDDEN else
+         "the paper's blocks hidden" if recipe.masking == MaskingConfig() else f"masks of strategy {recipe.masking.strategy}",
+         why("on a grid this small it teaches at least as well as blocks, in less time" if small else
+             "nothing else was tried on grids so large", "masking.")),
+        (f"EMA from {first} to {last}",
+         why("the target encoder averages over {:,.0f} steps at first, {:,.0f} at last: shares of the run that worked"
+             .format(*windows(steps[-1])), "schedule.ema")),
+    ]  # fmt: skip
+    return found
 
 
 def digits(number: float) -> float:

@@ -39,7 +39,8 @@ def pace_of(recipe: Recipe, spec: str, per_epoch: int, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         plan = stretched(recipe, 2 * steps, per_epoch, steps)
         machine = replace(plan.machine, checkpoint_every=plan.schedule.epochs)  # none while it is timed
-        plan = replace(plan, machine=machine)
+        data = replace(plan.data, max_bad=1.0)  # how many are bad is told where the list of them stays
+        plan = replace(plan, machine=machine, data=data)
         try:
             pretrain(plan, spec, Path(folder) / "pace", Console(quiet=True))
         except Interrupted as stop:

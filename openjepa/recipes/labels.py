@@ -88,6 +88,7 @@ def labels(asked: Asked, values: Mapping[str, str], console: Console) -> list[Re
     make_folder(asked.out)
     with taken(asked.out, f"{asked.out} is being written by another process"):
         found = Kept(asked.out, question, read(asked.out))
+        found.write()  # so that another question is refused from now on
         if found.records:
             console.print(f"going on after {len(found.records)} answers of {asked.out}", highlight=False)
         for share, several in rows.items():
@@ -104,8 +105,9 @@ def answer(contest: Contest, found: Kept, who: str, share: float, draw: int, row
     start = time.perf_counter()
     what = f"{who}, {len(rows):,} labels" + (f", draw {draw + 1} of {of}" if of > 1 else "")
     with console.status(what) as status:
-        rate, tried = 1.0, found.rates.get((who, share))
+        rate = 1.0 if who == PROBED else contest.config.rates[0]
         if who != PROBED and len(contest.config.rates) > 1:
+            tried = found.rates.get((who, share))
             if tried is None:
                 status.update(f"{what}: choosing a rate")
                 tried = contest.choose(who, rows)
@@ -131,7 +133,7 @@ def shown(asked: Asked, found: Kept, step: int | None, task: str, console: Conso
             values, count = [record["value"] for record in mine], mine[0]["labels"]
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             means.append({
-                "task": task, "protocol": f"{percent(share)} ({count:,} labels)", "of": who, "metric": "accuracy",
+                "task": task, "protocol": f"{count:,} ({percent(share)})", "of": who, "metric": "accuracy",
                 "value": float(np.mean(values)), "spread": spread, "draws": len(values), "labels": count,
                 "interval": mine[0]["interval"] if spread is None else None})  # fmt: skip
     at = f" at step {step}" if step is not None else ""
@@ -197,7 +199,6 @@ class Kept:
         known = known or {"results": [], "rates": []}
         self.records = {(r["of"], r["share"], r["draw"]): r for r in known["results"]}
         self.rates = {(r["of"], r["share"]): [(rate, value) for rate, value in r["tried"]] for r in known["rates"]}
-        self.write()
 
     def whole(self) -> dict[float, list[int]]:
         """The draws of each share, rising, that every learner has answered."""

@@ -52,7 +52,7 @@ def pretrain(recipe: Recipe, data: str, out: str | Path, console: Console | None
     out, console = Path(out), console or Console()
     with joined() as roll, limited(recipe.machine.read_mb_s):
         if recipe.first and not checkpoint.checkpoints(out):
-            check(recipe, data, out, parallel.world_size())  # now, not when the first has run
+            check(recipe, data, out, parallel.world_size())  # both, before anything is written
             recipe = settled(recipe, out, pick_device(recipe.machine.device))
             before = recipe.before()
             assert before is not None
@@ -72,7 +72,7 @@ def pretrain_together(recipe: Recipe, data: str, out: Path, console: Console, ro
     mine = share_of(recipe, parallel.rank(), parallel.world_size())
     source, schedule = opened(recipe, data, out)
     method = build(recipe)
-    said = "" if checkpoint.checkpoints(out) else begun(method, recipe, out)
+    said = "" if checkpoint.checkpoints(out) else begin(method, recipe, out)
     method.to(device)
     if recipe.precision == "fp8":
         console.print(use_fp8(method, device), highlight=False)
@@ -162,9 +162,9 @@ def opened(recipe: Recipe, data: str, out: Path) -> tuple[Source, Schedule]:
     """The images of a run, and its schedule. Raises UserError for what cannot be trained. Writes nothing."""
     source = open_source(data, recipe.model.image_size)
     schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch(len(source), recipe.data.batch_size))
-    if (begun := checkpoint.checkpoints(out)) and begun[-1].step > schedule.steps:
+    if (kept := checkpoint.checkpoints(out)) and kept[-1].step > schedule.steps:
         raise UserError(
-            f"{out} is at step {begun[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
+            f"{out} is at step {kept[-1].step}, and the recipe's {recipe.schedule.epochs:g} epochs end at {schedule.steps}: "
             "raise schedule.epochs"
         )
     return source, schedule
@@ -185,8 +185,8 @@ def build(recipe: Recipe) -> Method:
         return METHODS[recipe.method].build(recipe)
 
 
-def begun(method: Method, recipe: Recipe, out: Path) -> str:
-    """With the weights that a new run begins with, where it is not chance. Returns what to tell. Raises UserError."""
+def begin(method: Method, recipe: Recipe, out: Path) -> str:
+    """Begin with the weights that a new run begins with, where it is not chance. Returns what to tell. Raises UserError."""
     from openjepa.recipes.beginning import begin_with  # which loads runs, and so knows this module
 
     source = str(out / FIRST) if recipe.first else recipe.init_from
@@ -210,12 +210,12 @@ def fitting(out: Path, recipe: Recipe, data: str, source: Source) -> dict[str, A
     """What data.json says of these images. Raises UserError where `out` was made by another recipe or from others."""
     about = {"data": data, "images": len(source), "fingerprint": source.fingerprint()}
     if (out / "recipe.yaml").exists():
-        begun = saved_recipe(out)
+        its = saved_recipe(out)
         if not (out / "data.json").exists():  # imported, no step taken yet: its networks alone are given
-            begun = replace(recipe, model=begun.model, predictor=begun.predictor)
-        elif begun.precision == "auto":  # and stopped before it was settled
-            begun = replace(begun, precision=recipe.precision)
-        if changed := differences(begun, recipe):
+            its = replace(recipe, model=its.model, predictor=its.predictor)
+        elif its.precision == "auto":  # and stopped before it was settled
+            its = replace(its, precision=recipe.precision)
+        if changed := differences(its, recipe):
             raise UserError(f"{out} was made with another recipe ({'; '.join(changed)}): choose another --out")
         saved = saved_data(out) if (out / "data.json").exists() else about
         if {**saved, "data": ""} != {**about, "data": ""}:
@@ -239,9 +239,16 @@ def check(recipe: Recipe, data: str, out: Path, processes: int) -> None:
     share_of(recipe, 0, processes)
     source, _ = opened(recipe, data, out)
     fitting(out, settled(recipe, out, torch.device("cpu")), data, source)
-    if recipe.init_from and not checkpoint.checkpoints(out):
-        begun(build(recipe), recipe, out)
     refuse_unwritable(out)
+    if checkpoint.checkpoints(out):
+        return
+    if recipe.init_from:
+        begin(build(recipe), recipe, out)
+    if before := recipe.before():
+        try:
+            check(before, data, out / FIRST, processes)
+        except UserError as error:
+            raise UserError(f"first: {error}") from error
 
 
 def saved_recipe(run: Path) -> Recipe:

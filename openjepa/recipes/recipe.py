@@ -32,7 +32,7 @@ from openjepa.recipes.methods import METHODS, parts, starting
 
 T = TypeVar("T")
 
-CHANGES_NO_RESULT = ("monitors", "machine", "rcdm.run")  # may differ when a run goes on
+CHANGES_NO_RESULT = ("monitors", "machine", "rcdm.run", "data.max_bad")  # may differ when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,12 @@ class Recipe:
         """The run that comes first, with whose encoder this one begins. Raises UserError for values that cannot be."""
         if "first" in self.first:
             raise UserError("first.first: one run can come before another, no more")
-        return from_dict(Recipe, self.first, "first", replace(self, first={}, init_from=None)) if self.first else None
+        if not self.first:
+            return None
+        try:
+            return from_dict(Recipe, self.first, "first", replace(self, first={}, init_from=None))
+        except UserError as error:
+            raise UserError(str(error) if "first." in str(error) else f"first: {error}") from error
 
     def others(self) -> set[str]:
         """The parts that belong to other methods."""
@@ -307,7 +312,10 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """The fields that would change the result of a run, as `optim.lr: 0.001 -> 0.0005`."""
     if old.method != new.method:
         return [f"method: {old.method} -> {new.method}"]
-    a, b = flat(asdict(old)), flat(asdict(new))
+    a, b = (flat(asdict(replace(recipe, first={}))) for recipe in (old, new))
     skipped = (*CHANGES_NO_RESULT, *(f"{part}." for part in old.others()))
-    changed = [k for k in {**a, **b} if a.get(k) != b.get(k) and not k.startswith(skipped)]
-    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in changed]
+    changed = [f"{k}: {a[k]} -> {b[k]}" for k in a if a[k] != b[k] and not k.startswith(skipped)]
+    before, now = old.before(), new.before()
+    if before is None or now is None:
+        return changed if before is now else [*changed, f"first: {shown(old.first)} -> {shown(new.first)}"]
+    return [*changed, *(f"first.{change}" for change in differences(before, now) if change not in changed)]
