@@ -24,7 +24,7 @@ def demo(out: Path, seed: int, console: Console) -> None:
     evaluate(Question(source=str(out), train=LABELLED, test=TEST, seed=seed), {}, console)
     page = report(out)
     console.print(
-        f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_auto --data YOUR_IMAGES --out runs/first",
+        f"pictures: {page}\nnext: openjepa pretrain --recipe ijepa_auto --data YOUR_IMAGES --out runs/mine",
         highlight=False,
         soft_wrap=True,
     )
