@@ -19,6 +19,7 @@ from rich.console import Console
 from openjepa.engine.checkpoint import checkpoints
 from openjepa.engine.run import alone
 from openjepa.errors import UserError
+from openjepa.recipes import pretrain as pretraining
 from openjepa.recipes.exchange import load
 from openjepa.recipes.pretrain import build, pretrain, saved_recipe
 from openjepa.recipes.recipe import Recipe, from_dict, override, to_yaml
@@ -301,6 +302,20 @@ def test_metrics_hold_what_the_monitors_promise(undisturbed):
     assert promised <= lines[0].keys()
     assert any("knn_accuracy" in m for m in lines)
     assert list((run / "tensorboard").iterdir())
+
+
+def test_a_knn_look_asks_each_image_once_and_never_of_itself(tiny, folder, tmp_path, monkeypatch):
+    asked, predict = [], pretraining.knn_predict
+
+    def watched(bank, labels, queries, *more, **named):
+        asked.extend(queries.tolist())
+        assert len(bank) == 16
+        assert not {*map(tuple, queries.tolist())} & {*map(tuple, bank.tolist())}
+        return predict(bank, labels, queries, *more, **named)
+
+    monkeypatch.setattr(pretraining, "knn_predict", watched)
+    pretrain(override(tiny, {"monitors.knn_every": "9"}), str(folder), tmp_path / "run", QUIET)
+    assert len(asked) == len({*map(tuple, asked)}) == 20  # monitors.knn_images, at the run's end
 
 
 def test_the_saved_recipe_is_the_resolved_one(undisturbed):

@@ -30,7 +30,7 @@ class MonitorsConfig:
 
     log_every: int = 50  # steps
     knn_every: float = 1  # epochs, when there are labels; 0 never
-    knn_images: int = 5000  # labelled images that it uses, a fifth of them as queries
+    knn_images: int = 5000  # labelled images that it uses, each fifth as queries among the others
     max_bad_steps: int = 10  # in a row, not finite and skipped, at which the run stops
 
     def __post_init__(self) -> None:

@@ -36,9 +36,9 @@ FEW_STEPS = 1000  # of I-JEPA, below which little is learned
 SMALL = 8  # patches a side, up to which random masks were tried
 PAINTED = 0.2  # of the time goes to painting pixels, which teaches much at once and then little more
 SMALLEST_RATE, RATE = 8e-4, 5e-4  # of images of 32 pixels, and of larger ones: photographs learned less at 1e-3
-LOOKS, PAINTING_LOOKS = 10, 3  # k-NN, checkpoints and five times as many log lines
-LOOK_LEAST = 500  # images of a look, a fifth of them queries: of fewer its accuracy is chance, so rather fewer looks
-LOOK_COST = 0.12  # images of a look, as a share of those trained on since the last: about a twentieth of the time
+LOOKS, PAINTING_LOOKS = 10, 3  # checkpoints, k-NN where they are cheap, and five times as many log lines
+LOOK_LEAST = 2000  # images of a look: among fewer 50 classes have too few neighbours to tell, so rather fewer looks
+LOOK_COST = 0.12  # images of all looks, as a share of those trained on: about a twentieth of the time
 
 
 @dataclass(frozen=True)
@@ -104,29 +104,33 @@ def choose(spec: str, budget: str, values: Mapping[str, str] | None = None) -> C
     ]
     epochs = [digits(count / each) for count, each in zip(steps, per_epoch, strict=True)]
     recipe = plan(painted=epochs[0], epochs=epochs[-1], ema=momenta(steps[-1]))
-    own = watched(steps[-1], LOOKS, epochs[-1], trial.data.batch_size, shares[-1])
+    size = look_size(sum(count * run.data.batch_size for count, run in zip(steps, stages, strict=True)), len(source))
+    own = watched(steps[-1], LOOKS, epochs[-1], trial.data.batch_size, shares[-1], size)
     if before:
-        own["first"] = {
-            **recipe.first,
-            **watched(steps[0], PAINTING_LOOKS, epochs[0], before.data.batch_size, shares[0]),
-        }
+        looked = watched(steps[0], PAINTING_LOOKS, epochs[0], before.data.batch_size, shares[0], size)
+        own["first"] = {**recipe.first, **looked}
     recipe = override(from_dict(Recipe, own, base=recipe), values)
     return Chosen(recipe, reasons(recipe, known, steps, paces))
 
 
-def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float) -> dict[str, Any]:
-    """So many looks at most, and checkpoints, as shares of a run, whatever an epoch is: a look takes a small part of the time,
-    and a checkpoint is never more than ten minutes old."""
-    images = round(LOOK_COST * steps * batch)  # of all looks
-    looks = min(looks, images // LOOK_LEAST)
+def look_size(crops: int, images: int) -> int:
+    """Images of each k-NN look at a run of so many crops; one number for both stages, as a k-NN among more images is higher."""
+    share = round(LOOK_COST * crops / (LOOKS + PAINTING_LOOKS))
+    return max(10, min(images, MonitorsConfig().knn_images, max(LOOK_LEAST, share)))
+
+
+def watched(steps: int, looks: int, epochs: float, batch: int, seconds: float, size: int) -> dict[str, Any]:
+    """So many looks of so many images at most, log lines and checkpoints, as shares of a run, whatever an epoch is: looks take a
+    small part of the time, and a checkpoint is never more than ten minutes old."""
+    affordable = min(looks, round(LOOK_COST * steps * batch) // size)
     monitors = {
-        "log_every": max(1, steps // (5 * max(1, looks))),
-        "knn_every": digits(epochs / looks) if looks else 0,
-        "knn_images": min(MonitorsConfig().knn_images, images // looks if looks else LOOK_LEAST),
+        "log_every": max(1, steps // (5 * looks)),
+        "knn_every": digits(epochs / affordable) if affordable else 0,
+        "knn_images": size,
     }
     return {
         "monitors": monitors,
-        "machine": {"checkpoint_every": digits(epochs / max(1, looks, math.ceil(seconds / 600)))},
+        "machine": {"checkpoint_every": digits(epochs / max(looks, math.ceil(seconds / 600)))},
     }
 
 
