@@ -318,6 +318,12 @@ def test_a_knn_look_asks_each_image_once_and_never_of_itself(tiny, folder, tmp_p
     assert len(asked) == len({*map(tuple, asked)}) == 20  # monitors.knn_images, at the run's end
 
 
+def test_one_image_has_no_neighbours_and_is_trained_on(tiny, tmp_path):
+    one = override(tiny, {"data.batch_size": "1", "schedule.epochs": "2", "monitors.knn_every": "1"})
+    pretrain(one, "scenes:1", tmp_path / "run", QUIET)
+    assert not any(key.startswith("knn_accuracy") for line in logged(tmp_path / "run") for key in line)
+
+
 def test_the_saved_recipe_is_the_resolved_one(undisturbed):
     recipe, run = undisturbed
     assert yaml.safe_load((run / "recipe.yaml").read_text())["model"]["depth"] == 2

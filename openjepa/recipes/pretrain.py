@@ -292,9 +292,10 @@ def random_encoder(recipe: Recipe) -> Encoder:
 def online_knn(
     source: Source, recipe: Recipe, encoder: ViT, normalise: Normalise, autocast: Callable[..., Any]
 ) -> Callable[[], dict[str, float]] | None:
-    """Accuracy of 20 nearest neighbours for each task, each fifth of some training images among the others; None without labels."""
+    """Accuracy of 20 nearest neighbours for each task, each fifth of some training images among the others; None where there are
+    no labels, or no other image."""
     tasks = [task for task, classes in source.classes.items() if len(classes) > 1]
-    if not tasks or not recipe.monitors.knn_every:
+    if not tasks or not recipe.monitors.knn_every or len(source) < 2:
         return None
     chosen = epoch_order(recipe.seed, "online knn", 0, len(source))[
         np.arange(min(recipe.monitors.knn_images, len(source)))
